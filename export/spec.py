@@ -1,0 +1,85 @@
+"""The contract: what passes between client, server and the three stages of MST-GAN.
+
+ONNX names, TensorRT profiles and every ``config.pbtxt`` are computed from this file; nothing else
+writes a tensor name, a scale or a batch size by hand. Standard library only, so that every tool can
+import it. Clients do not import it: they read the same facts from the served ensemble's config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Size = tuple[int, int]  # (height, width)
+
+SCALE = 4  # hr side / lr side
+WINDOW = 3  # consecutive lr frames of one request; odd, the centre frame is the one upscaled
+CHANNELS = 3  # RGB
+MULTIPLE_OF = 4  # both lr sides; the flow lives at 1/4 resolution, deeper levels round up on their own
+BATCHES = (1, 4, 4)  # windows per execution: min, opt, max of a plan's profile
+MAX_BATCH = BATCHES[-1]
+LR_SIZES: tuple[Size, Size, Size] = ((16, 16), (360, 640), (720, 1280))  # min, opt, max of a plan's profile
+FLOW_STRIDE = 4  # lr pixels per flow pixel
+INSTANCE_GROUPS = ("stream_0", "stream_1")  # the papers' two streams: copies of each stage in flight
+OPSET = 18  # not above: TensorRT 10.13 computes GridSample of opset 20 wrongly (NVIDIA/TensorRT#4646)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor on a model boundary, batch axis first."""
+
+    name: str
+    dtype: str
+    """Triton's name: ``UINT8``, ``FP16`` or ``FP32``."""
+    dims: tuple[int, ...]
+    """Without the batch axis; -1 = free, in (height, width) order."""
+    scale: int = 1
+    """Pixels of this tensor per lr pixel."""
+    stride: int = 1
+    """Lr pixels per pixel of this tensor."""
+
+    def shape(self, batch: int, lr_size: Size) -> tuple[int, ...]:
+        """Full shape for one batch and lr size: each -1 becomes the next side."""
+        sides = iter(lr_size)
+        return (batch, *(next(sides) * self.scale // self.stride if d == -1 else d for d in self.dims))
+
+
+LR_WINDOW = TensorSpec("lr_window", "UINT8", (WINDOW, -1, -1, CHANNELS))
+"""Frames t-1, t, t+1 as decoders give them: RGB, 0..255. Clip ends repeat their edge frame."""
+
+FLOW = TensorSpec("flow", "FP32", (2 * (WINDOW - 1), -1, -1), stride=FLOW_STRIDE)
+"""Displacement in pixels of its own resolution: t->t-1 (x, y), then t->t+1 (x, y)."""
+
+ALIGNED = TensorSpec("aligned", "FP32", (WINDOW * CHANNELS, -1, -1))
+"""t-1 warped to t, t, t+1 warped to t; 0..1."""
+
+SUBPIXELS = TensorSpec("subpixels", "FP32", (CHANNELS * SCALE**2, -1, -1))
+"""The hr frame before the pixel shuffle, bicubic skip included; nominally 0..1, not clamped."""
+
+HR_FRAME = TensorSpec("hr_frame", "UINT8", (-1, -1, CHANNELS), scale=SCALE)
+"""The upscaled frame t, RGB, 0..255."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One composing model of the ensemble."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+FLOW_ALIGN = ModelSpec("flow_align", (LR_WINDOW,), (FLOW, ALIGNED))
+GENERATOR = ModelSpec("generator", (LR_WINDOW, FLOW, ALIGNED), (SUBPIXELS,))
+PIXEL_SHUFFLE = ModelSpec("pixel_shuffle", (SUBPIXELS,), (HR_FRAME,))
+
+STAGES = (FLOW_ALIGN, GENERATOR, PIXEL_SHUFFLE)
+ENSEMBLE = ModelSpec("mst_gan", (LR_WINDOW,), (HR_FRAME,))
+
+PARAMETERS = {
+    "scale": str(SCALE),
+    "window": str(WINDOW),
+    "multiple_of": str(MULTIPLE_OF),
+    "min_size": "{}x{}".format(*LR_SIZES[0]),
+    "max_size": "{}x{}".format(*LR_SIZES[-1]),
+}
+"""What the ensemble's config publishes for clients; sizes are HEIGHTxWIDTH of the lr frame."""
