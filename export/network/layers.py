@@ -1,0 +1,18 @@
+"""What several parts of the network are made of."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution, answering zero until trained: the last one of a residual branch."""
+    nn.init.zeros_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv

@@ -1,0 +1,49 @@
+"""A network of the real shape and next to no width, for tests that run or export it."""
+
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner, Result
+
+from export import spec
+from export.__main__ import main
+from export.network import MstGan, Widths
+
+TINY = Widths(
+    name="tiny",
+    flow=(8, 8, 8),
+    flow_refine=8,
+    encoder_inner=(8, 8, 8, 8),
+    context_inner=8,
+    detail_inner=8,
+    up=8,
+    encoder_outer=(16, 16, 16, 16),
+    encoder_depths=(1, 1, 1, 1),
+    laterals=(16, 16, 16, 16),
+    detail=16,
+    context_blocks=1,
+    detail_blocks=1,
+)
+
+
+def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(
+        0, 256, (batch, spec.WINDOW, height, width, 3), dtype=torch.uint8, generator=generator
+    )
+
+
+def shake(network: MstGan) -> MstGan:
+    """Give every zero-initialised layer weights, so that no path is silent."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return network.eval()
+
+
+def run_build(checkpoint: Path, folder: Path, *options: str) -> Result:
+    """Run the build command into a folder; without speed gate, for so small a network gains nothing."""
+    paths = ["--checkpoint", checkpoint, "--repository", folder / "models", "--build", folder / "build"]
+    return CliRunner().invoke(main, ["build", *map(str, paths), "--no-speed-gate", *options])
