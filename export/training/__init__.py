@@ -1,0 +1,1 @@
+"""Training of the generator: footage in, checkpoints and their scores out."""

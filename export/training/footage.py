@@ -1,0 +1,152 @@
+"""Footage: videos and photos decoded once into uint8 segments on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorTrc, Interpolation
+from numpy.typing import NDArray
+
+from export.errors import ExportError
+
+log = logging.getLogger(__name__)
+
+SEGMENT = 7  # consecutive frames kept together: the papers train on fragments of 5-7
+SEGMENTS_PER_CLIP = 16  # evenly spread over the clip
+MAX_FRAMES = 1200  # of one clip
+TRUTH_SIDE = 540  # shorter side of truth made from large frames
+# Without the latter two, swscale gives neighbouring RGB pixels one chroma value.
+SCALER = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+CUT_LEVELS = 30.0  # mean absolute difference of consecutive frames, in grey levels, that counts as a cut
+HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+VIDEO_SUFFIXES = {".264", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".y4m"}
+PHOTO_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
+
+Segments = NDArray[np.uint8]
+"""(S, T, H, W, 3) RGB: S segments of T consecutive frames; T = 1 for a photo."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One file's segments, memory-mapped."""
+
+    name: str
+    segments: Segments
+
+
+def truth_factor(short_side: int) -> int:
+    """How far lossy-coded video is reduced before it counts as truth.
+
+    At least 2: chroma is stored at half size, and halving buries most coding artefacts.
+    """
+    return max(2, round(short_side / TRUTH_SIDE))
+
+
+def _frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ExportError(f"{path.name}: expected a video stream, found none")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for index, frame in enumerate(container.decode(stream)):
+            if frame.color_trc in HDR_TRANSFERS:
+                raise ExportError(f"{path.name}: HDR transfer; expected SDR footage, tone-map it first")
+            factor = 1 if lossless else truth_factor(min(frame.width, frame.height))
+            rgb = frame.reformat(frame.width // factor, frame.height // factor, "rgb24", interpolation=SCALER)
+            yield rgb.to_ndarray().astype(np.uint8, copy=False)
+            if index + 1 == MAX_FRAMES:
+                return
+
+
+def _segments(frames: Sequence[NDArray[np.uint8]], length: int) -> Segments:
+    """Cut evenly spread segments of ``length`` frames, none across a scene cut."""
+    cuts = [i for i in range(1, len(frames)) if _is_cut(frames[i - 1], frames[i])]
+    starts = np.linspace(0, len(frames) - length, SEGMENTS_PER_CLIP).round().astype(int)
+    good = [s for s in dict.fromkeys(starts.tolist()) if not any(s < cut < s + length for cut in cuts)]
+    return np.stack([np.stack(frames[s : s + length]) for s in good]) if good else np.empty((0,), np.uint8)
+
+
+def _is_cut(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> bool:
+    # Every fourth pixel tells a cut as well as all of them do.
+    difference = np.abs(before[::4, ::4].astype(np.int16) - after[::4, ::4])
+    return float(difference.mean()) > CUT_LEVELS
+
+
+def load_clip(path: Path, cache: Path, *, min_side: int, photo: bool = False) -> Clip:
+    """Decode ``path``, or map what an earlier run decoded.
+
+    Raises:
+        ExportError: nothing in the file can serve as truth for patches of ``min_side`` pixels.
+    """
+    stat = path.stat()
+    limits = (SEGMENT, SEGMENTS_PER_CLIP, MAX_FRAMES, TRUTH_SIDE, int(SCALER))
+    rule = (path.name, stat.st_size, stat.st_mtime_ns, photo, *limits)
+    stored = cache / f"{path.stem}-{hashlib.sha256(repr(rule).encode()).hexdigest()[:12]}.npy"
+    if not stored.exists():
+        try:
+            frames = list(_frames(path, lossless=photo))
+        except av.FFmpegError as err:
+            raise ExportError(f"{path.name}: not decodable ({err.strerror})") from err
+        length = 1 if photo else SEGMENT
+        if len(frames) < length:
+            raise ExportError(f"{path.name}: expected at least {length} frames, found {len(frames)}")
+        if len({frame.shape for frame in frames}) > 1:
+            raise ExportError(f"{path.name}: expected one frame size, found several")
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = stored.with_suffix(f".{os.getpid()}.part")
+        with partial.open("wb") as file:
+            np.save(file, _segments(frames, length))
+        partial.replace(stored)
+    segments: Segments = np.load(stored, mmap_mode="r")
+    if segments.shape[0] == 0:
+        raise ExportError(f"{path.name}: expected {SEGMENT} frames without a cut, found none")
+    height, width = segments.shape[2:4]
+    if min(height, width) < min_side:
+        raise ExportError(f"{path.name}: expected at least {min_side} pixels a side, found {width}x{height}")
+    return Clip(path.name, segments)
+
+
+def load_folder(
+    folder: Path, cache: Path, *, min_side: int, photo: bool = False, names: Sequence[str] | None = None
+) -> list[Clip]:
+    """Load every clip (or photo) of a folder; what cannot serve is named, skipped and counted.
+
+    Args:
+        folder: searched without recursion.
+        cache: where decoded segments live; may be deleted at any time between runs.
+        min_side: shorter side, in hr pixels, that a clip must have.
+        photo: the folder holds still images.
+        names: only these files.
+
+    Raises:
+        ExportError: nothing usable was found.
+    """
+    suffixes = PHOTO_SUFFIXES if photo else VIDEO_SUFFIXES
+    if not folder.is_dir():
+        raise ExportError(f"expected a folder of footage at {folder}, found none; pass one that exists")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
+    if names is not None:
+        missing = set(names) - {p.name for p in paths}
+        if missing:
+            raise ExportError(f"expected {', '.join(sorted(missing))} in {folder}, not found; mend the list")
+        paths = [p for p in paths if p.name in names]
+    clips: list[Clip] = []
+    for path in paths:
+        try:
+            clips.append(load_clip(path, cache, min_side=min_side, photo=photo))
+        except ExportError as err:
+            log.warning("skipped %s", err)
+    if not clips:
+        raise ExportError(
+            f"expected footage of at least {min_side} pixels a side in {folder}, "
+            f"found none among {len(paths)} files; add clips or choose smaller patches"
+        )
+    log.info("%s: %d files used, %d skipped", folder, len(clips), len(paths) - len(clips))
+    return clips
