@@ -1,0 +1,190 @@
+"""FP32 stages in, the generator of a target's precision out: converted, judged, named after its rung."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization.calibrate import TensorsData
+
+from export import spec
+from export.cpu_graph import cpu_graph
+from export.errors import ExportError
+from export.fp16 import to_fp16
+from export.gates import Verdict, judge_generator
+from export.gpus import compute_capabilities
+from export.network import MstGan
+from export.quantize import (
+    TABLE,
+    Feeds,
+    calibrate,
+    chosen_float,
+    quantise_for_cpu,
+    sensitivity,
+    write_table,
+)
+from export.repository import FP16, FP32, INT8, PARENT_KEY, rung_path, sha256
+from export.sample import Frames, reduced_windows
+from export.tensorrt_graph import quantise_for_tensorrt, tensorrt_graph
+
+log = logging.getLogger(__name__)
+
+TARGETS = {"cpu": INT8, "cuda": FP16, "fp32": FP32}
+"""Target -> the rung that its generator stands on."""
+
+PLANS = (
+    spec.FLOW_ALIGN.name, f"{spec.GENERATOR.name}.{FP16}", f"{spec.GENERATOR.name}.{INT8}",
+    spec.PIXEL_SHUFFLE.name,
+)  # fmt: skip
+"""Graphs that TensorRT compiles: stage, and precision where there is a choice."""
+
+INT8_BUDGET_DB = 0.03  # what all quantised layers together may cost, by the sensitivity table
+SENSITIVITY_FRAME = 100  # of the sample clip: neither calibrated on nor judged on
+
+
+def default_target() -> str:
+    """The target of the machine at hand."""
+    return "cuda" if compute_capabilities() else "cpu"
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that cannot be built, before any work is done."""
+    if target == "tensorrt":
+        raise ExportError(
+            "expected --target to be one that Triton serves from ONNX, found 'tensorrt', whose plans are "
+            "built by `python -m export plans`: for TensorRT-RTX here and now, without a GPU, or with "
+            "--library tensorrt on the GPU that runs them; "
+            f"this machine has {len(compute_capabilities()) or 'no'} NVIDIA GPU, and serves --target "
+            f"{default_target()}"
+        )
+    if target not in TARGETS:
+        raise ExportError(f"expected --target to be one of {', '.join(TARGETS)}, found {target!r}")
+
+
+def build_rung(
+    target: str,
+    network: MstGan,
+    stages: Mapping[str, Path],
+    folder: Path,
+    calibration: Sequence[Frames],
+    *,
+    judge_speed: bool = True,
+) -> list[Verdict]:
+    """Write the target's generator into the build folder and judge it.
+
+    Args:
+        target: one of ``TARGETS``.
+        network: what the stages were exported from.
+        stages: FP32 ONNX file of every stage.
+        folder: build folder.
+        calibration: windows to find INT8 ranges on.
+        judge_speed: whether to time it against its parent.
+
+    Returns:
+        A verdict per step from FP32.
+    """
+    rung = TARGETS[target]
+    if rung == FP32:
+        return []
+    path = rung_path(folder, rung)
+    log.info("converting %s", path)
+    fp32 = onnx.load(stages[spec.GENERATOR.name])
+    model = to_fp16(fp32) if rung == FP16 else _int8_for_cpu(network, fp32, folder, calibration)
+    onnx.helper.set_model_props(model, {PARENT_KEY: sha256(stages[spec.GENERATOR.name])})
+    onnx.save(model, path)
+    return [judge_generator(rung, path, FP32, stages, judge_speed=judge_speed)]
+
+
+def build_for_tensorrt(
+    network: MstGan, stages: Mapping[str, Path], folder: Path, calibration: Sequence[Frames]
+) -> list[Verdict]:
+    """Write what TensorRT compiles: every stage as its parser takes it, the generator in FP16 and INT8.
+
+    Args:
+        network: what the stages were exported from.
+        stages: FP32 ONNX file of every stage.
+        folder: where the graphs and the sensitivity table go.
+        calibration: windows to find INT8 ranges on.
+
+    Returns:
+        A verdict per precision of the generator.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    graphs = {stage: tensorrt_graph(onnx.load(path)) for stage, path in stages.items()}
+    generator = graphs.pop(spec.GENERATOR.name)
+    ranges, left_float = _decide(network, generator, folder, calibration, symmetric=True)
+    graphs[f"{spec.GENERATOR.name}.{FP16}"] = to_fp16(generator)
+    graphs[f"{spec.GENERATOR.name}.{INT8}"] = to_fp16(quantise_for_tensorrt(generator, ranges, left_float))
+    for name in PLANS:
+        onnx.helper.set_model_props(graphs[name], {PARENT_KEY: sha256(stages[name.split(".")[0]])})
+        onnx.save(graphs[name], folder / f"{name}.onnx")
+    return [
+        judge_generator(rung, rung_path(folder, rung), FP32, stages, judge_speed=False)
+        for rung in (FP16, INT8)
+    ]
+
+
+def check_parent(source: Path, fp32: Path) -> None:
+    """Refuse a graph that was converted from another FP32 graph than this."""
+    parents = {p.value for p in onnx.load(source).metadata_props if p.key == PARENT_KEY}
+    if parents != {sha256(fp32)}:
+        raise ExportError(
+            f"expected {source} to come from {fp32}, found that it comes from an older export; "
+            "rebuild it with `python -m export plans`"
+        )
+
+
+def _int8_for_cpu(
+    network: MstGan, fp32: onnx.ModelProto, folder: Path, calibration: Sequence[Frames]
+) -> onnx.ModelProto:
+    model = cpu_graph(fp32)
+    return quantise_for_cpu(model, *_decide(network, model, folder, calibration, symmetric=False))
+
+
+def _decide(
+    network: MstGan, model: onnx.ModelProto, folder: Path, calibration: Sequence[Frames], *, symmetric: bool
+) -> tuple[TensorsData, list[str]]:
+    """Ranges of the activations, and layers to leave in float; the table of why goes into the folder."""
+    with _one_thread():
+        ranges = calibrate(model, (_feeds(network, window) for window in calibration))
+        lr_window, truth = reduced_windows(SENSITIVITY_FRAME, 1)
+        feeds = _feeds(network, lr_window)
+        inputs = [torch.from_numpy(feeds[tensor.name]) for tensor in spec.GENERATOR.inputs]
+        layers = sensitivity(network.generator, model, ranges, inputs, symmetric=symmetric)
+        with torch.inference_mode():
+            answer = network.pixel_shuffle(network.generator(*inputs)).numpy()
+    parent_error = float(np.mean((answer / 255.0 - truth / 255.0) ** 2))
+    left_float = chosen_float(layers, parent_error, INT8_BUDGET_DB)
+    write_table(folder / TABLE, layers, left_float, INT8_BUDGET_DB)
+    log.info(
+        "%d of %d convolutions in INT8; noisiest: %s", len(layers) - len(left_float), len(layers),
+        ", ".join(f"{layer.name} {layer.psnr_db:.1f} dB" for layer in layers[:3]),
+    )  # fmt: skip
+    return ranges, left_float
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small frames lose more to waiting for a second thread than it gains them: on busy cores ten times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _feeds(network: MstGan, lr_window: Frames) -> Feeds:
+    """What the generator is given for a window."""
+    with torch.inference_mode():
+        flow, aligned = network.flow_align(torch.from_numpy(lr_window))
+    return {
+        spec.LR_WINDOW.name: lr_window,
+        spec.FLOW.name: flow.numpy(),
+        spec.ALIGNED.name: aligned.numpy(),
+    }

@@ -1,0 +1,216 @@
+"""INT8 for ONNX Runtime's CPU provider: the same function, fused, and decided layer by layer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+from onnxruntime.quantization.calibrate import TensorsData
+
+from export import spec
+from export.cpu_graph import cpu_graph
+from export.errors import ExportError
+from export.quantize import Feeds, Layer, calibrate, chosen_float, quantise_for_cpu
+from export.sample import calibration_windows
+
+RESIDUAL_ADDS = 4 + 3 + 1 + 1  # of the tiny network: encoder, top-down, context, detail
+
+
+def feeds(lr_size: spec.Size, batch: int = 1) -> Feeds:
+    """Noise, and motion that also leaves the frame."""
+    rng = np.random.default_rng(3)
+    return {
+        "lr_window": rng.integers(0, 256, spec.LR_WINDOW.shape(batch, lr_size), np.uint8),
+        "flow": rng.normal(0, 4, spec.FLOW.shape(batch, lr_size)).astype(np.float32),
+        "aligned": rng.random(spec.ALIGNED.shape(batch, lr_size), np.float32),
+    }
+
+
+def session(model: onnx.ModelProto | Path, optimised: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
+    source = model if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto | Path, inputs: Feeds) -> np.ndarray:
+    return session(model).run(None, inputs)[0]
+
+
+def psnr_db(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(10 * np.log10(1 / np.mean((found - wanted) ** 2)))
+
+
+@pytest.fixture(scope="module")
+def fp32(built: Path) -> Path:
+    return built / "build/generator.onnx"
+
+
+@pytest.fixture(scope="module")
+def int8(built: Path) -> Path:
+    return built / "build/generator.int8.onnx"
+
+
+@pytest.fixture(scope="module")
+def fused(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
+    """Operators that ONNX Runtime really runs."""
+    path = tmp_path_factory.mktemp("optimised") / "model.onnx"
+    session(int8, path)
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.fixture(scope="module")
+def all_ranges(fp32: Path) -> TensorsData:
+    return calibrate(cpu_graph(onnx.load(fp32)), [feeds((20, 36))])
+
+
+@pytest.mark.parametrize("lr_size", [(20, 36), (36, 20)])
+def test_cpu_graph_is_the_same_function(fp32: Path, lr_size: spec.Size) -> None:
+    rewritten = cpu_graph(onnx.load(fp32))
+    operators = {node.op_type for node in rewritten.graph.node}
+    assert not operators & {"GridSample", "DepthToSpace"}
+    inputs = feeds(lr_size, batch=2)
+    np.testing.assert_allclose(run(rewritten, inputs), run(fp32, inputs), atol=1e-5)
+
+
+def test_every_convolution_but_the_skip_is_fused(fp32: Path, fused: Counter[str]) -> None:
+    convolutions = sum(node.op_type == "Conv" for node in onnx.load(fp32).graph.node)
+    assert fused["QLinearConv"] == convolutions - 1
+    assert fused["Conv"] == 1
+    assert fused["QLinearAdd"] == RESIDUAL_ADDS
+    assert fused["QLinearConcat"] == 3
+    # Frames and aligned frames in, warped features in twice; features out to both warps, the answer out.
+    assert fused["QuantizeLinear"] == 4
+    assert fused["DequantizeLinear"] == 3
+
+
+def test_activations_are_unsigned_and_weights_signed_per_channel(int8: Path) -> None:
+    graph = onnx.load(int8).graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv" and node.name != "node_Conv"]
+    quantised = [node for node in convolutions if node.input[0] in producers]
+    checked = 0
+    for conv in quantised:
+        activation, weight = (producers.get(name) for name in conv.input[:2])
+        if activation is None or weight is None or activation.op_type != "DequantizeLinear":
+            continue
+        assert values[activation.input[2]].dtype == np.uint8
+        weights, scales, zero_points = (values[name] for name in weight.input)
+        assert weights.dtype == np.int8
+        assert scales.shape == (weights.shape[0],)
+        assert not zero_points.any()
+        checked += 1
+    assert checked == len(convolutions) - 1
+
+
+@pytest.mark.parametrize("lr_size", [(16, 1152), (1152, 16)])
+def test_positions_are_finer_than_256_steps(fp32: Path, int8: Path, lr_size: spec.Size) -> None:
+    inputs = feeds(lr_size)
+    assert psnr_db(run(int8, inputs), run(fp32, inputs)) > 45
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["encoder.stem", "encoder.layer1.0.skip", "lateral8", "to16.conv", "context.0.conv2", "up1", "tail"],
+)
+def test_a_layer_can_stay_in_float(
+    fp32: Path, fused: Counter[str], tmp_path: Path, layer: str, all_ranges: TensorsData
+) -> None:
+    """In front of a ReLU, a sum, a reshape, an upsampling, a shuffle."""
+    model = cpu_graph(onnx.load(fp32))
+    left_float = quantise_for_cpu(model, all_ranges, [layer])
+    session(left_float, tmp_path / "model.onnx")
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert operators["QLinearConv"] == fused["QLinearConv"] - 1
+    inputs = feeds((20, 36))
+    assert psnr_db(run(left_float, inputs), run(fp32, inputs)) > 45
+
+
+def test_images_keep_their_range_after_a_dark_sample(fp32: Path) -> None:
+    model = cpu_graph(onnx.load(fp32))
+    dark = feeds((20, 36))
+    dark["lr_window"] //= 8
+    dark["aligned"] /= 8
+    ranges = calibrate(model, [dark])
+    stem, full = (
+        next(n.input[0] for n in model.graph.node if n.op_type == "Conv" and n.input[1] == f"{name}.weight")
+        for name in ("encoder.stem", "full")
+    )
+    for name in (stem, full):
+        assert tuple(float(value) for value in ranges[name].range_value) == (0, 1)
+
+
+LAYERS = [Layer(name, noise, 0, 0) for name, noise in (("a", 1e-7), ("b", 5e-6), ("c", 1e-6))]
+
+
+@pytest.mark.parametrize(
+    ("budget_db", "left_float"),
+    [(0.1, []), (0.02, ["b"]), (0.002, ["b", "c"]), (0.0, ["b", "c", "a"])],
+)
+def test_the_noisiest_layers_stay_in_float_until_the_budget_holds(
+    budget_db: float, left_float: list[str]
+) -> None:
+    # Against an error of 5e-4, noise of 6.1e-6 costs 0.053 dB, 1.1e-6 0.0095 dB, 1e-7 0.00087 dB.
+    assert chosen_float(LAYERS, 5e-4, budget_db) == left_float
+
+
+def test_the_table_lists_every_layer_noisiest_first(built: Path) -> None:
+    table = json.loads((built / "build/sensitivity.json").read_text())
+    nodes = onnx.load(built / "build/generator.onnx").graph.node
+    names = {node.input[1].removesuffix(".weight") for node in nodes if node.op_type == "Conv"}
+    assert {layer["name"] for layer in table["layers"]} == names - {"skip.kernel"}
+    noises = [layer["noise"] for layer in table["layers"]]
+    assert noises == sorted(noises, reverse=True)
+    assert noises[0] > 0
+    assert sum(layer["mac_share"] for layer in table["layers"]) == pytest.approx(1)
+    assert "0.03 dB" in table["rule"]
+
+
+def write_video(path: Path, side: int, frames: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width = stream.height = side
+        stream.pix_fmt = "bgr0"
+        for index in range(frames):
+            image = np.full((side, side, 3), index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+
+
+def test_calibration_windows_of_a_folder(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mkv", 80, 63)
+    windows = calibration_windows(tmp_path)
+    # Reduced to the whole granules of 80 px, and as it is.
+    assert [window.shape[2:4] for window in windows] == [(20, 20), (80, 80)] * 2
+    assert [int(window[0, 0].max()) for window in windows] == [10, 10, 60, 60]
+
+
+def test_calibration_folder_without_videos(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"expected videos to calibrate on in .*, found none"):
+        calibration_windows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("side", "frames", "found"),
+    [(48, 63, "3 frames of 48x48 from frame 10 on"), (80, 62, "2 frames of 80x80 from frame 60 on")],
+)
+def test_calibration_video_that_is_too_small(tmp_path: Path, side: int, frames: int, found: str) -> None:
+    write_video(tmp_path / "a.mkv", side, frames)
+    with pytest.raises(ExportError, match=f"a.mkv to have 63 frames of 64x64 or more .*found {found}"):
+        calibration_windows(tmp_path)
+
+
+def test_calibration_file_that_is_no_video(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no video")
+    with pytest.raises(ExportError, match=r"expected .*notes.txt to be a video"):
+        calibration_windows(tmp_path)

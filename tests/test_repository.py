@@ -1,0 +1,289 @@
+"""The committed model repository: equal to the contract, known to Triton's protobuf, installed whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from deploy.embedded.server import TritonServer
+from export import spec
+from export.errors import ExportError
+from export.repository import PARENT_KEY, config_files, config_text, install, sha256, write_configs
+
+COMMITTED = Path(__file__).parent.parent / "model_repository"
+STAGE_NAMES = [stage.name for stage in spec.STAGES]
+NAMES = [*STAGE_NAMES, spec.ENSEMBLE.name]
+
+
+@pytest.fixture
+def build(toy_repository: Path, tmp_path: Path) -> Path:
+    """A build folder with one valid ONNX file per stage."""
+    folder = tmp_path / "build"
+    folder.mkdir()
+    for name in STAGE_NAMES:
+        (folder / f"{name}.onnx").write_bytes((toy_repository / name / "1/model.onnx").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A repository with older files installed."""
+    folder = tmp_path / "model_repository"
+    write_configs(folder)
+    for name in STAGE_NAMES:
+        (folder / name / "1").mkdir()
+        (folder / name / "1/model.onnx").write_bytes(b"old " + name.encode())
+    return folder
+
+
+def parse(name: str) -> pb.ModelConfig:
+    """The committed config; a field that Triton's protobuf does not have raises."""
+    return text_format.Parse((COMMITTED / name / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def tensors(entries: list[pb.ModelInput] | list[pb.ModelOutput]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    return {entry.name: (entry.data_type, tuple(entry.dims)) for entry in entries}
+
+
+@pytest.mark.parametrize("path", config_files())
+def test_committed_config_is_the_generated_one(path: str) -> None:
+    assert (COMMITTED / path).read_text() == config_text(config_files()[path])
+
+
+@pytest.mark.parametrize("path", config_files())
+def test_committed_config_parses_to_what_was_generated(path: str) -> None:
+    assert text_format.Parse((COMMITTED / path).read_text(), pb.ModelConfig()) == config_files()[path]
+
+
+def test_every_config_of_the_repository_is_generated() -> None:
+    committed = {str(path.relative_to(COMMITTED)) for path in COMMITTED.rglob("*.pbtxt")}
+    assert committed == set(config_files())
+    assert {f"{name}/config.pbtxt" for name in NAMES} <= committed
+    assert (COMMITTED / spec.ENSEMBLE.name / "1").is_dir()  # Triton wants a version even of an ensemble
+
+
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_stage_batches_on_two_streams(name: str) -> None:
+    config = parse(name)
+
+    assert config.backend == "onnxruntime"
+    assert config.default_model_filename == "model.onnx"
+    assert config.max_batch_size == 4
+    assert list(config.dynamic_batching.preferred_batch_size) == [4]
+    assert 0 < config.dynamic_batching.max_queue_delay_microseconds <= 10_000
+    assert [(group.name, group.count, group.kind) for group in config.instance_group] == [
+        ("stream_0", 1, pb.ModelInstanceGroup.KIND_AUTO),
+        ("stream_1", 1, pb.ModelInstanceGroup.KIND_AUTO),
+    ]
+
+
+@pytest.mark.parametrize("stage", spec.STAGES, ids=STAGE_NAMES)
+def test_stage_warms_up_single_windows_and_full_batches(stage: spec.ModelSpec) -> None:
+    warmups = parse(stage.name).model_warmup
+
+    assert [warmup.batch_size for warmup in warmups] == [1, 4]
+    for warmup in warmups:
+        assert set(warmup.inputs) == {tensor.name for tensor in stage.inputs}
+        for tensor in stage.inputs:
+            sample = warmup.inputs[tensor.name]
+            assert sample.data_type == pb.DataType.Value(f"TYPE_{tensor.dtype}")
+            assert tuple(sample.dims) == tensor.shape(1, (16, 16))[1:]
+            assert sample.zero_data
+
+
+def test_ensemble_connects_its_stages_by_type_and_shape() -> None:
+    ensemble = parse(spec.ENSEMBLE.name)
+    known = tensors(ensemble.input)
+    unused = set(known)
+
+    for step in ensemble.ensemble_scheduling.step:
+        stage = parse(step.model_name)
+        assert stage.max_batch_size == ensemble.max_batch_size
+        inputs, outputs = tensors(stage.input), tensors(stage.output)
+        assert set(step.input_map) == set(inputs)
+        assert set(step.output_map) == set(outputs)
+        for name, tensor in step.input_map.items():
+            assert known[tensor] == inputs[name], f"{step.model_name} reads {tensor} as {name}"
+            unused.discard(tensor)
+        for name, tensor in step.output_map.items():
+            assert tensor not in known
+            known[tensor] = outputs[name]
+            unused.add(tensor)
+
+    assert tensors(ensemble.output) == {name: known[name] for name in unused}  # Triton refuses unused tensors
+
+
+def test_ensemble_publishes_the_contract_and_nothing_triton_refuses() -> None:
+    ensemble = parse(spec.ENSEMBLE.name)
+
+    assert {key: value.string_value for key, value in ensemble.parameters.items()} == spec.PARAMETERS
+    assert not ensemble.instance_group
+    assert not ensemble.model_warmup
+    assert not ensemble.HasField("dynamic_batching")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "generator"),
+    [
+        ("cpu", pb.ModelInstanceGroup.KIND_CPU, "int8"),
+        ("cuda", pb.ModelInstanceGroup.KIND_GPU, "fp16"),
+        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, "fp32"),
+    ],
+)
+def test_alternatives_differ_in_device_and_generator_alone(name: str, kind: int, generator: str) -> None:
+    files = config_files()
+    for stage in STAGE_NAMES:
+        config = files[f"{stage}/config.pbtxt"]
+        alternative = files.get(f"{stage}/configs/{name}.pbtxt", config)  # as Triton falls back
+        assert {group.kind for group in alternative.instance_group} == {kind}
+        file = f"model.{generator}.onnx" if stage == "generator" else "model.onnx"
+        assert alternative.default_model_filename == file
+        same = pb.ModelConfig()
+        same.CopyFrom(alternative)
+        for group in same.instance_group:
+            group.kind = pb.ModelInstanceGroup.KIND_AUTO
+        same.default_model_filename = config.default_model_filename
+        assert same == config
+
+
+def add_rung(build: Path, rung: str) -> Path:
+    """A generator that says it was made from the build folder's."""
+    parent, path = build / "generator.onnx", build / f"generator.{rung}.onnx"
+    model = onnx.load(parent)
+    onnx.helper.set_model_props(model, {PARENT_KEY: sha256(parent)})
+    onnx.save(model, path)
+    return path
+
+
+def test_install_replaces_every_file(build: Path, models: Path) -> None:
+    install(build, models)
+
+    for name in STAGE_NAMES:
+        assert (models / name / "1/model.onnx").read_bytes() == (build / f"{name}.onnx").read_bytes()
+    assert installed(models, "generator") == ["model.fp32.onnx", "model.onnx"]
+    assert installed(models, "pixel_shuffle") == ["model.onnx"]
+
+
+def test_the_served_rung_becomes_the_model(build: Path, models: Path) -> None:
+    rung = add_rung(build, "int8")
+    install(build, models, ["int8"], served="int8")
+
+    version = models / "generator/1"
+    assert installed(models, "generator") == ["model.fp32.onnx", "model.int8.onnx", "model.onnx"]
+    assert (version / "model.onnx").read_bytes() == rung.read_bytes()
+    assert (version / "model.int8.onnx").read_bytes() == rung.read_bytes()
+    assert (version / "model.fp32.onnx").read_bytes() == (build / "generator.onnx").read_bytes()
+
+
+def test_rungs_stay_with_their_weights_and_go_with_others(build: Path, models: Path) -> None:
+    add_rung(build, "int8")
+    install(build, models, ["int8"], served="int8")
+    install(build, models)
+    assert "model.int8.onnx" in installed(models, "generator")
+
+    fp32 = onnx.load(build / "generator.onnx")
+    fp32.doc_string = "other weights"
+    onnx.save(fp32, build / "generator.onnx")
+    install(build, models)
+    assert installed(models, "generator") == ["model.fp32.onnx", "model.onnx"]
+
+
+def installed(models: Path, name: str) -> list[str]:
+    return sorted(path.name for path in (models / name / "1").iterdir())
+
+
+def spoil_missing(path: Path) -> None:
+    path.unlink()
+
+
+def spoil_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def spoil_names(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.output[0].name = "hr"
+    onnx.save(model, path)
+
+
+def spoil_type(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    onnx.save(model, path)
+
+
+def spoil_external(path: Path) -> None:
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_missing, "does not exist: run `make export`"),
+        (spoil_truncated, "is not a readable ONNX file"),
+        (spoil_empty, "expected inputs subpixels FLOAT, found none"),
+        (spoil_names, "expected outputs hr_frame UINT8, found hr UINT8"),
+        (spoil_type, "expected inputs subpixels FLOAT, found subpixels FLOAT16"),
+        (spoil_external, "found weights stored outside it"),
+    ],
+)
+def test_install_keeps_the_old_files_when_one_is_bad(
+    build: Path, models: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(build / f"{STAGE_NAMES[-1]}.onnx")
+
+    with pytest.raises(ExportError, match=message):
+        install(build, models)
+
+    assert_old_files(models)
+
+
+def test_install_keeps_the_old_files_when_a_copy_fails(
+    build: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disk full at the last file: what was copied before is cleared away."""
+
+    def copyfile(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:10])
+        if source.stem == STAGE_NAMES[-1]:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("export.repository.shutil.copyfile", copyfile)
+    with pytest.raises(ExportError, match="No space left on device"):
+        install(build, models)
+
+    assert_old_files(models)
+
+
+def assert_old_files(models: Path) -> None:
+    for name in STAGE_NAMES:
+        assert (models / name / "1/model.onnx").read_bytes() == b"old " + name.encode()
+        assert [path.name for path in (models / name / "1").iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ((), "model.onnx"),
+        (("--model-config-name=cpu",), "model.int8.onnx"),
+        (("--model-config-name=fp32",), "model.fp32.onnx"),
+    ],
+)
+def test_the_server_takes_the_chosen_generator(
+    built: Path, tmp_path: Path, options: tuple[str, ...], file: str
+) -> None:
+    with TritonServer(built / "models", tmp_path / "triton.log", *options) as server:
+        log = server.log_file.read_text()
+    assert f"generator stream_0_0: {file} on CPUExecutionProvider" in log
+    assert "flow_align stream_0_0: model.onnx on CPUExecutionProvider" in log
