@@ -1,0 +1,1 @@
+"""The embedded server: Triton from a PyPI wheel, ONNX models through a Python backend."""

@@ -1,0 +1,204 @@
+"""The ``tritonserver`` command: arguments in, and this process becomes the wheel's Triton server.
+
+PyPI's nvidia-pytriton carries NVIDIA's Triton with the Python backend and no other. Beside it we put our own
+``onnxruntime`` backend, written for the Python backend, so that the repository needs no second config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata, util
+from itertools import pairwise
+from pathlib import Path
+
+MIN_GLIBC = (2, 35)  # what the wheel's libtritonserver is linked against
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+LIBPYTHON = f"libpython{PYTHON}.so.1.0"
+STUBS = "python_backend_stubs"
+SHIM = Path(__file__).with_name("onnxruntime_backend") / "model.py"
+LOOPBACK = ("--http-address", "--grpc-address")  # metrics listen where HTTP does, unless told otherwise
+
+# No flags for shared memory: each instance's region starts at 1 MB and grows to what its batches need (with
+# batches of 4 at 1280x720 the generator's two grow to 929 MB each, and all six to 2.5 GB). Where /dev/shm is
+# smaller, Triton answers the request with an error that says so. What matters is the size of /dev/shm.
+
+log = logging.getLogger("tritonserver")
+
+
+class LaunchError(Exception):
+    """The server cannot start: the text says what was expected, what was found and what to do next."""
+
+
+def main() -> None:
+    """Become Triton, so that signals and the exit status are Triton's own."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    arguments = sys.argv[1:]
+    try:
+        wheel = find_wheel()
+        check_packages()
+        check_repositories(arguments)
+        command = [
+            str(wheel / "tritonserver/bin/tritonserver"),
+            f"--backend-directory={copy_backends(wheel)}",
+            *(f"{flag}=127.0.0.1" for flag in LOOPBACK if not flag_values(arguments, flag)),
+            *arguments,  # last: of a flag given twice, Triton takes the later one
+        ]
+        # The Python backend runs the `python3` of PATH inside the libpython of LD_LIBRARY_PATH.
+        environment = {
+            "PATH": prepend("PATH", Path(sys.executable).parent),
+            "LD_LIBRARY_PATH": prepend(
+                "LD_LIBRARY_PATH", wheel.parent / "nvidia_pytriton.libs", find_libpython()
+            ),
+        }
+    except LaunchError as err:
+        sys.exit(f"tritonserver: {err}")
+    assignments = shlex.join(["env", *(f"{name}={value}" for name, value in environment.items())])
+    log.info("%s %s", assignments, shlex.join(command))
+    os.execve(command[0], command, {**os.environ, **environment})
+
+
+def find_wheel() -> Path:
+    """Folder of the installed ``pytriton`` package, whose import would start more than we need."""
+    library, version = platform.libc_ver()
+    if library != "glibc" or _version(version) < MIN_GLIBC:
+        raise LaunchError(
+            f"expected Linux with glibc >= {MIN_GLIBC[0]}.{MIN_GLIBC[1]}, found {sys.platform} with "
+            f"{library or 'another C library'} {version}: use Debian 12, Ubuntu 22.04 or newer, "
+            "or NVIDIA's container (deploy/README.md)"
+        )
+    package = util.find_spec("pytriton")
+    if package is None or package.origin is None:
+        raise LaunchError("nvidia-pytriton is not installed in this Python: run `make setup`")
+    wheel = Path(package.origin).parent
+    stubs = wheel / "tritonserver" / STUBS
+    if not (stubs / PYTHON).is_dir():
+        supported = ", ".join(sorted((stub.name for stub in stubs.iterdir()), key=_version))
+        raise LaunchError(f"expected Python {supported}, found {PYTHON}: make the .venv with one of these")
+    return wheel
+
+
+def check_packages() -> None:
+    """Refuse an environment in which the backend would fail later, or worse, answer wrongly."""
+    if util.find_spec("onnxruntime") is None:
+        raise LaunchError("onnxruntime is not installed in this Python: run `make setup`")
+    numpy = metadata.version("numpy")
+    if _version(numpy) >= (2,):
+        raise LaunchError(
+            f"expected numpy < 2, found {numpy}: under numpy 2 the server's Python stub returns empty "
+            "tensors; run `pip install 'numpy<2'`"
+        )
+
+
+def find_libpython() -> Path:
+    """Folder of the shared libpython of this very Python: the stub embeds it."""
+    folders = (Path(sysconfig.get_config_var("LIBDIR")), Path(sys.base_prefix) / "lib")
+    for folder in folders:
+        if (folder / LIBPYTHON).exists():
+            return folder
+    raise LaunchError(
+        f"expected {LIBPYTHON} in {folders[0]}, found none: install it (Debian: apt-get install "
+        f"libpython{PYTHON}) or use a Python built with --enable-shared"
+    )
+
+
+def check_repositories(arguments: Sequence[str]) -> None:
+    """Say in one line what Triton says in a page: no repository there, or no exported models in it."""
+    for flag in ("--model-repository", "--model-store"):
+        for value in flag_values(arguments, flag):
+            repository = Path(value)
+            if "://" in value:
+                continue  # object storage; Triton's own matter
+            check_shell_safe(repository, "model repository")
+            if not repository.is_dir():
+                raise LaunchError(f"expected a model repository at {value}, found no such folder")
+            if flag_values(arguments, "--model-control-mode"):
+                continue  # models may come later
+            for config in sorted(repository.glob("*/config.pbtxt")):
+                check_model(config.parent, flag_values(arguments, "--model-config-name"))
+
+
+def check_model(model: Path, targets: Sequence[str]) -> None:
+    """Refuse a model whose chosen configuration names a file that is not there.
+
+    Args:
+        model: The model's folder.
+        targets: Values of ``--model-config-name``, the last of which Triton takes.
+    """
+    chosen = model / "configs" / f"{targets[-1]}.pbtxt" if targets else model / "config.pbtxt"
+    text = (chosen if chosen.is_file() else model / "config.pbtxt").read_text()
+    if not re.search(r'^backend: "onnxruntime"', text, re.MULTILINE):
+        return
+    named = re.search(r'^default_model_filename: "(.+)"', text, re.MULTILINE)
+    file = named[1] if named else "model.onnx"
+    if not any(model.glob(f"[0-9]*/{file}")):
+        command = f"make export TARGET={targets[-1]}" if targets else "make export"
+        raise LaunchError(f"{model / '1' / file} is missing: run `{command}`")
+
+
+def check_shell_safe(path: Path, what: str) -> None:
+    """Refuse a path that Triton would break: it starts the Python backend's stub through bash, unquoted."""
+    if shlex.quote(str(path)) != str(path):
+        raise LaunchError(f"expected a {what} without spaces or quotes in its path, found {path}: move it")
+
+
+def copy_backends(wheel: Path) -> Path:
+    """Folder that Triton can search for backends: the wheel's Python backend and ours on top of it.
+
+    Copies, because Triton refuses a backend library that is a link out of this folder. The folder lies in the
+    user's cache and its name is the hash of what it holds: a file in place is complete and right, and servers
+    that start together cannot disturb each other.
+    """
+    triton = wheel / "tritonserver"
+    sources = {
+        "python/libtriton_python.so": triton / "backends/python/libtriton_python.so",
+        "python/triton_python_backend_utils.py": triton / "backends/python/triton_python_backend_utils.py",
+        "python/triton_python_backend_stub": triton / STUBS / PYTHON / "triton_python_backend_stub",
+        "onnxruntime/model.py": SHIM,
+    }
+    digest = hashlib.sha256()
+    for source in sources.values():
+        digest.update(source.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    backends = cache / "mst-gan-triton" / f"backends-{PYTHON}-{digest.hexdigest()[:16]}"
+    check_shell_safe(backends, "cache folder (XDG_CACHE_HOME)")
+    try:
+        for name, source in sources.items():
+            target = backends / name
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                handle, part = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}.")
+                os.close(handle)
+                shutil.copy(source, part)
+                os.replace(part, target)
+    except OSError as err:
+        raise LaunchError(f"expected a writable cache folder, found {err}: set XDG_CACHE_HOME") from err
+    return backends
+
+
+def flag_values(arguments: Sequence[str], flag: str) -> list[str]:
+    """Values given to a flag, as ``--flag=value`` or ``--flag value``."""
+    values = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
+    return values + [value for name, value in pairwise(arguments) if name == flag]
+
+
+def prepend(variable: str, *folders: Path) -> str:
+    """A search path with these folders first."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(variable)])])
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Triton's ``onnxruntime`` backend in Python: batches of requests in, one ONNX Runtime run, answers out.
+
+The embedded server loads this file under the name of NVIDIA's native backend, so one ``config.pbtxt`` serves
+both. What is read from the configuration, and how, follows ``src/onnxruntime.cc`` of
+triton-inference-server/onnxruntime_backend. Each model instance is a process of its own with one session.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils
+
+Array = np.ndarray[Any, Any]
+Feeds = dict[str, Array]
+
+# `optimization.graph.level` as the native backend reads it (its code, not the comment in model_config.proto).
+GRAPH_LEVELS = {
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+EXECUTION_MODES = {"0": ort.ExecutionMode.ORT_SEQUENTIAL, "1": ort.ExecutionMode.ORT_PARALLEL}
+
+TRITON_TYPES = {
+    "tensor(bool)": "TYPE_BOOL",
+    "tensor(uint8)": "TYPE_UINT8",
+    "tensor(int8)": "TYPE_INT8",
+    "tensor(int32)": "TYPE_INT32",
+    "tensor(int64)": "TYPE_INT64",
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(float)": "TYPE_FP32",
+    "tensor(double)": "TYPE_FP64",
+}
+
+GPU_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+class TritonPythonModel:
+    """One instance of one model.
+
+    There is no ``auto_complete_config``: Triton does not tell it where the model lies. So ``initialize``
+    compares the configuration with the ONNX file; a mismatch fails the load all the same.
+    """
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Create the session, and refuse a file that does not fit the configuration.
+
+        Args:
+            args: As Triton gives them: the configuration as JSON, and where and on what this instance runs.
+        """
+        config = json.loads(args["model_config"])
+        self.name = config["name"]
+        self.batches = config["max_batch_size"] > 0
+        path = (
+            Path(args["model_repository"])
+            / args["model_version"]
+            / (config["default_model_filename"] or "model.onnx")
+        )
+        if not path.is_file():
+            raise pb_utils.TritonModelException(f"{self.name}: {path} does not exist: run `make export`")
+        options = session_options(config, len(os.sched_getaffinity(0)))
+        providers = execution_providers(config, args["model_instance_kind"], args["model_instance_device_id"])
+        try:
+            self.session = ort.InferenceSession(path, options, providers)
+        except Exception as err:  # the errors of ONNX Runtime have no narrower common base
+            raise pb_utils.TritonModelException(
+                f"{self.name}: {path} cannot be loaded ({err}): run `make export` again"
+            ) from err
+        check_signature(config, self.session)
+        self.outputs = [output["name"] for output in config["output"]]
+        pb_utils.Logger.log_info(
+            f"{self.name} {args['model_instance_name']}: {path.name} on {self.session.get_providers()[0]}, "
+            f"{options.intra_op_num_threads} threads"
+        )
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer every request, in order; those of equal shape share one run."""
+        feeds = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
+        # The dynamic batcher only brings equal shapes together. A model without a batch axis never shares.
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, feed in enumerate(feeds):
+            key = tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
+            groups.setdefault(key if self.batches else (index,), []).append(index)
+
+        answers: list[Any] = [None] * len(requests)
+        for members in groups.values():
+            for index, answer in zip(members, self._answer([feeds[i] for i in members]), strict=True):
+                answers[index] = answer
+        return answers
+
+    def _answer(self, feeds: Sequence[Feeds]) -> list[Any]:
+        """Responses to requests of one shape; when their common run fails, each gets a run of its own."""
+        try:
+            results = self._run(feeds)
+        except Exception as err:  # whatever goes wrong is the answer to this request, not the server's end
+            if len(feeds) > 1:
+                return [answer for feed in feeds for answer in self._answer([feed])]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.name}: {err}"))]
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(*named) for named in zip(self.outputs, arrays, strict=True)]
+            )
+            for arrays in results
+        ]
+
+    def _run(self, feeds: Sequence[Feeds]) -> list[list[Array]]:
+        """One run for all feeds; result per feed, per output, as views where the run was shared."""
+        if len(feeds) == 1:
+            return [self.session.run(self.outputs, feeds[0])]
+        joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+        sizes = [len(next(iter(feed.values()))) for feed in feeds]
+        arrays = self.session.run(self.outputs, joined)
+        for name, array in zip(self.outputs, arrays, strict=True):
+            if len(array) != sum(sizes):
+                raise ValueError(f"output {name} has batch {len(array)} after a run of batch {sum(sizes)}")
+        splits = [np.split(array, np.cumsum(sizes)[:-1]) for array in arrays]
+        return [list(parts) for parts in zip(*splits, strict=True)]
+
+
+def session_options(config: Mapping[str, Any], cores: int) -> ort.SessionOptions:
+    """Session options of one instance.
+
+    Args:
+        config: The model's configuration.
+        cores: CPU cores, shared by the instances of this model where the configuration sets no threads.
+    """
+    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    options = ort.SessionOptions()
+
+    instances = sum(group["count"] for group in config["instance_group"])
+    threads = int(parameters.get("intra_op_thread_count", 0))
+    options.intra_op_num_threads = threads if threads > 0 else max(1, cores // instances)
+    options.inter_op_num_threads = max(0, int(parameters.get("inter_op_thread_count", 0)))
+    mode = parameters.get("execution_mode", "0")
+    if mode not in EXECUTION_MODES:
+        raise pb_utils.TritonModelException(
+            f"{config['name']}: parameter execution_mode is {mode!r}, expected one of {list(EXECUTION_MODES)}"
+        )
+    options.execution_mode = EXECUTION_MODES[mode]
+    # Every session that spins while it waits takes the cores that the other instances work on.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+
+    level = config.get("optimization", {}).get("graph", {}).get("level", 0)
+    options.graph_optimization_level = GRAPH_LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    return options
+
+
+def execution_providers(config: Mapping[str, Any], kind: str, device_id: str) -> list[Any]:
+    """ONNX Runtime's providers, best first, for an instance of this kind on this device.
+
+    Args:
+        config: The model's configuration; ``optimization.execution_accelerators`` asks for more than CUDA.
+        kind: ``GPU`` or ``CPU``, as Triton resolved it.
+        device_id: Number of the GPU.
+    """
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    for wanted in accelerators.get("cpu_execution_accelerator", []):
+        pb_utils.Logger.log_warn(f"{config['name']}: CPU accelerator {wanted['name']} is not in this server")
+    if kind != "GPU":
+        return ["CPUExecutionProvider"]
+
+    requested = [
+        (accelerator["name"], accelerator.get("parameters", {}))
+        for accelerator in accelerators.get("gpu_execution_accelerator", [])
+    ]
+    if "cuda" not in dict(requested):
+        requested.append(("cuda", {}))
+    providers: list[Any] = []
+    for name, parameters in requested:
+        if GPU_PROVIDERS.get(name) in ort.get_available_providers():
+            providers.append((GPU_PROVIDERS[name], {**parameters, "device_id": device_id}))
+        else:
+            pb_utils.Logger.log_warn(f"{config['name']}: accelerator {name} is not in this ONNX Runtime")
+    return [*providers, "CPUExecutionProvider"]
+
+
+def check_signature(config: Mapping[str, Any], session: ort.InferenceSession) -> None:
+    """Refuse a configuration whose tensors are not those of the ONNX file.
+
+    As in the native backend, inputs must be the same set, outputs may be left out, and an axis that the graph
+    leaves open fits any configured size.
+    """
+    batch_axis = [-1] if config["max_batch_size"] > 0 else []
+    for kind, nodes in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        wanted = {t["name"]: (t["data_type"], batch_axis + [int(d) for d in t["dims"]]) for t in config[kind]}
+        found = {
+            node.name: (
+                TRITON_TYPES.get(node.type, node.type),
+                [d if isinstance(d, int) else -1 for d in node.shape],
+            )
+            for node in nodes
+        }
+        fits = set(wanted) == set(found) if kind == "input" else set(wanted) <= set(found)
+        fits = fits and all(
+            dtype == found[name][0]
+            and len(dims) == len(found[name][1])
+            and all(have in (-1, want) for want, have in zip(dims, found[name][1], strict=True))
+            for name, (dtype, dims) in wanted.items()
+        )
+        if not fits:
+            raise pb_utils.TritonModelException(
+                f"{config['name']}: config.pbtxt expects {kind}s {wanted}, the ONNX file has {found}; "
+                "run `make export` so that both come from one contract"
+            )

@@ -1,0 +1,149 @@
+"""A Triton server as a context manager: a model repository in, addresses that answer out."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+
+POLL_S = 0.1
+STOP_TIMEOUT_S = 40  # Triton gives requests in flight 30 s to end, then leaves by itself
+LOG_TAIL_LINES = 30
+
+log = logging.getLogger(__name__)
+
+
+class ServerError(Exception):
+    """The server did not become ready; the text ends with the last lines of its log."""
+
+
+class TritonServer:
+    """The embedded server on free loopback ports, ready inside ``with`` and stopped after it.
+
+    ``grpc_url``, ``http_url`` and ``metrics_url`` are ``host:port``, as Triton's clients take them.
+    """
+
+    def __init__(
+        self, repository: Path, log_file: Path, *arguments: str, start_timeout_s: float = 120
+    ) -> None:
+        """Choose ports; nothing runs yet.
+
+        Args:
+            repository: The model repository to serve.
+            log_file: Where all output of the server goes.
+            arguments: More ``tritonserver`` arguments.
+            start_timeout_s: Seconds in which every model must be loaded and warm.
+        """
+        self.log_file = log_file
+        self.start_timeout_s = start_timeout_s
+        http_port, grpc_port, metrics_port = free_ports(3)
+        self.http_url = f"127.0.0.1:{http_port}"
+        self.grpc_url = f"127.0.0.1:{grpc_port}"
+        self.metrics_url = f"127.0.0.1:{metrics_port}"
+        self.shm_prefix = f"mst_gan_{grpc_port}_"
+        self.command = [
+            str(Path(sys.executable).with_name("tritonserver")),
+            f"--model-repository={repository}",
+            f"--http-port={http_port}",
+            f"--grpc-port={grpc_port}",
+            f"--metrics-port={metrics_port}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            *arguments,
+        ]
+
+    def __enter__(self) -> TritonServer:
+        """Start the server and wait until it is ready.
+
+        Raises:
+            ServerError: It ended, or was not ready in time.
+        """
+        log.info("%s > %s", shlex.join(self.command), self.log_file)
+        with self.log_file.open("wb") as output:
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + self.start_timeout_s
+        try:
+            while not self.ready():
+                if self.process.poll() is not None:
+                    raise ServerError(
+                        f"tritonserver ended with status {self.process.returncode}:\n{self.log_tail()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"tritonserver not ready in {self.start_timeout_s:g} s:\n{self.log_tail()}"
+                    )
+                time.sleep(POLL_S)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        self.stop()
+
+    def stop(self) -> int:
+        """Ask the server to end, insist after a while, leave nothing behind, and return its exit status."""
+        self.process.terminate()
+        try:
+            status = self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        # An instance that was at work when its server died waits for it forever, and keeps its shared memory.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for region in self.shm_regions():
+            region.unlink(missing_ok=True)
+        return status
+
+    def shm_regions(self) -> list[Path]:
+        """Shared memory of the server's model instances."""
+        return list(Path("/dev/shm").glob(f"{self.shm_prefix}*"))
+
+    def ready(self) -> bool:
+        """Whether the server and all its models answer, and its metrics, which Triton opens last."""
+        try:
+            return all(
+                self.get(url, path).status == http.client.OK
+                for url, path in ((self.http_url, "/v2/health/ready"), (self.metrics_url, "/metrics"))
+            )
+        except OSError:
+            return False
+
+    def metrics(self) -> str:
+        """All metrics, as Prometheus reads them."""
+        return self.get(self.metrics_url, "/metrics").read().decode()
+
+    def log_tail(self) -> str:
+        """The last lines of the server's log."""
+        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+    @staticmethod
+    def get(url: str, path: str) -> http.client.HTTPResponse:
+        """Answer to a GET; proxies of the environment play no part on loopback."""
+        connection = http.client.HTTPConnection(url, timeout=10)
+        connection.request("GET", path)
+        return connection.getresponse()
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback interface that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
