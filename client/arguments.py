@@ -1,0 +1,69 @@
+"""How the command line is read: values with units, and help in topics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class TopicOption(click.Option):
+    """An option that is listed under a topic."""
+
+    def __init__(self, *args: Any, topic: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.topic = topic
+
+
+class TopicCommand(click.Command):
+    """A command whose help lists its options by topic, in the order in which topics first come up."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the topics."""
+        topics: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.params:
+            record = parameter.get_help_record(ctx)
+            if record and isinstance(parameter, TopicOption):
+                topics.setdefault(parameter.topic, []).append(record)
+        for topic, records in topics.items():
+            with formatter.section(topic):
+                formatter.write_dl(records)
+
+
+def topic_options(topic: str) -> Callable[..., Callable[[Function], Function]]:
+    """Make a ``click.option`` whose options belong to a topic."""
+
+    def option(*names: str, **kwargs: Any) -> Callable[[Function], Function]:
+        return click.option(*names, cls=TopicOption, topic=topic, **kwargs)
+
+    return option
+
+
+def seconds(text: str) -> Fraction:
+    """Read a time such as 90, 1:30 or 0:01:30.25, exactly."""
+    if not re.fullmatch(r"(?:(?:\d+:)?\d+:)?\d+(?:\.\d+)?", text):
+        raise click.BadParameter(f"expected seconds or H:MM:SS, found {text!r}")
+    total = Fraction(0)
+    for part in text.split(":"):
+        total = total * 60 + Fraction(part)
+    return total
+
+
+def frames_per_second(text: str) -> Fraction:
+    """Read a rate such as 25, 23.976 or 30000/1001."""
+    if not re.fullmatch(r"[1-9]\d*(?:\.\d+|/[1-9]\d*)?", text):
+        raise click.BadParameter(f"expected a rate such as 25 or 30000/1001, found {text!r}")
+    return Fraction(text)
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """Read a size such as 3840x2160, width first as FFmpeg has it."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise click.BadParameter(f"expected WIDTHxHEIGHT, found {text!r}")
+    width, height = text.split("x")
+    return int(height), int(width)

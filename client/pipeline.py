@@ -1,0 +1,349 @@
+"""The run of one clip: decode, inference and encode side by side, resumable, bounded in memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+from ahead import Ahead, Stage
+from encode import PNG, Encoding, write_segment, write_y4m
+from errors import UpscaleError
+from images import Images, writes_images
+from ladder import AUTO
+from mux import Join
+from part import Part
+from scenes import CutDetector
+from server import Contract
+from session import Session
+from source import PIPE, Source
+from tiles import Grid, grid_for
+from times import Times
+from video import Frame, Picture, Range, Video
+from windows import Image, Size, crop, fitted_size, pad, windows
+
+FRAMES_AHEAD = 4  # decoded, or waiting for the encoder: enough to even out the stages' pace
+
+LARGEST_ASPECT_TERM = 255  # of a pixel's width and height; all encoders can write it
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user decides about a run."""
+
+    encoding: Encoding
+    segment_frames: int
+    """Frames of one segment, the unit in which work is kept."""
+    scene_threshold: float
+    """How different two frames are, in grey levels, that belong to different shots."""
+    range: Range
+    """The part of the clip to upscale."""
+    final_size: Size | None = None
+    """(height, width) of the output, if not that of the model."""
+    transport: str = AUTO
+    """How frames pass to the server, one of ``ladder.TRANSPORTS``."""
+    restart: bool = False
+    """Begin anew even if an earlier run can be continued."""
+    allow_damage: bool = False
+    """Make do with the frames there are if some of the clip cannot be read."""
+    allow_hdr: bool = False
+    """Treat PQ and HLG like any other transfer."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run did."""
+
+    frames: int
+    new_frames: int
+    """Frames that no earlier run had finished."""
+    cuts_s: list[float]
+    """Times of the scene cuts, at which windows end, from the first frame on."""
+    damaged_frames: int
+    """Frames that the decoder could not restore wholly."""
+    lr_size: Size
+    hr_size: Size
+    elapsed_s: float
+    stages_s: dict[str, float]
+    """Seconds at work by stage; the longest is the bottleneck."""
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of this run, from file to file."""
+        return self.new_frames / self.elapsed_s
+
+
+class Watcher(Protocol):
+    """Who wants to know how a run goes."""
+
+    def started(self, dst: Path, total: int, done: int) -> None:
+        """Frames are about to pass: so many expected, 0 if unknown; so many finished earlier."""
+
+    def advanced(self) -> None:
+        """One more frame is written."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of a run, from the frame that is decoded to the one that is encoded."""
+
+    lr: Picture
+    fitted: Size
+    """The lr frame, padded to what the model takes."""
+    grid: Grid
+    model: Size
+    """What the model makes of the lr frame."""
+    hr: Picture
+    """What is encoded."""
+
+
+def shapes_of(lr: Picture, contract: Contract, final_size: Size | None) -> Shapes:
+    """Work out the sizes of a run."""
+    scale = contract.scale
+    fitted = fitted_size(lr.size, contract.multiple_of, contract.min_size)
+    grid = grid_for(fitted, contract.max_size, contract.multiple_of)
+    model = (lr.size[0] * scale, lr.size[1] * scale)
+    size = final_size or model
+    matrix = lr.display_matrix
+    if matrix:  # its last row shifts the picture, in pixels
+        shift_x, shift_y = matrix[6] * size[1] // lr.size[1], matrix[7] * size[0] // lr.size[0]
+        matrix = (*matrix[:6], shift_x, shift_y, matrix[8])
+    stretch = Fraction(lr.size[1] * size[0], lr.size[0] * size[1])
+    aspect = lr.sample_aspect_ratio
+    if stretch != 1:  # pixels change their shape so that the picture keeps its own
+        aspect = ((aspect or 1) * stretch).limit_denominator(LARGEST_ASPECT_TERM)
+    hr = replace(lr, size=size, display_matrix=matrix, sample_aspect_ratio=aspect)
+    return Shapes(lr, fitted, grid, model, hr)
+
+
+class Feed:
+    """A clip on its way from the file to hr frames; iterate once, then read what it has seen.
+
+    Args:
+        video: The clip.
+        session: Where windows are sent.
+        shapes: Sizes of the run.
+        options: How it is done.
+        skip: Frames at the beginning that an earlier run has finished.
+    """
+
+    def __init__(self, video: Video, session: Session, shapes: Shapes, options: Options, skip: int) -> None:
+        self.pts: list[int] = []
+        """Times of the frames decoded so far, in ticks of the clip."""
+        self.decode, self.wait = Stage(), Stage()
+        self.cuts = CutDetector(options.scene_threshold)
+        self._video, self._session, self._shapes = video, session, shapes
+        self._frames = Ahead(self.decode.timed(self._lr_frames(options.range)), FRAMES_AHEAD)
+        lr_windows = islice(windows(self._frames, session.contract.window, self.cuts), skip, None)
+        self._answers = Ahead(self._hr_frames(lr_windows), FRAMES_AHEAD)
+
+    def _lr_frames(self, wanted: Range) -> Iterator[Frame]:
+        for frame in self._video.frames(wanted):
+            self.pts.append(frame.pts)
+            yield replace(frame, image=pad(frame.image, self._shapes.fitted))
+
+    def _hr_frames(self, lr_windows: Iterable[tuple[Frame, ...]]) -> Iterator[Image]:
+        grid = self._shapes.grid
+        stacked = (np.stack([frame.image for frame in window]) for window in lr_windows)
+        answers = self._session.hr_frames(tile for window in stacked for tile in grid.split(window))
+        while tiles := list(islice(answers, grid.count)):
+            yield crop(grid.merge(tiles, self._session.contract.scale), self._shapes.model)
+
+    def __iter__(self) -> Iterator[Image]:
+        """Yield (H * scale, W * scale, 3) uint8 RGB frames in order."""
+        return self.wait.timed(self._answers)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._frames.close()
+        self._answers.close()
+
+
+def upscale(
+    source: Source,
+    dst: Path,
+    session: Session,
+    options: Options,
+    watcher: Watcher,
+) -> Result:
+    """Upscale one video file.
+
+    Args:
+        source: The video, or the images.
+        dst: The file to make; all or nothing, unfinished work stays in ``DST.part/``.
+        session: Where windows are sent.
+        options: How it is done.
+        watcher: Told how it goes.
+
+    Raises:
+        UpscaleError: The clip could not be upscaled, all of it and exactly.
+    """
+    with Video(source) as video:
+        if video.picture.colour.is_hdr and not options.allow_hdr:
+            raise UpscaleError(
+                f"expected a clip of standard dynamic range, found PQ or HLG in {source.path}: the model "
+                "works in 8 bits and knows no HDR; convert the clip first, or pass --allow-hdr to try"
+            )
+        run = Run(video, session, options, watcher)
+        if dst == PIPE:
+            run.stream(dst)
+        else:
+            run.make(source, dst)
+    return run.result()
+
+
+class Run:
+    """One clip on its way to an output.
+
+    Args:
+        video: The clip.
+        session: Where windows are sent.
+        options: How it is done.
+        watcher: Told how it goes.
+    """
+
+    def __init__(self, video: Video, session: Session, options: Options, watcher: Watcher) -> None:
+        self._began_s = time.monotonic()
+        self._video, self._session, self._options, self._watcher = video, session, options, watcher
+        self._shapes = shapes_of(video.picture, session.contract, options.final_size)
+        self._new_frames = 0
+        self._encode_s = 0.0
+
+    def make(self, source: Source, dst: Path) -> None:
+        """Write a file or a folder of images, in segments that outlive a crash."""
+        is_images = writes_images(dst, source)
+        options = replace(self._options, encoding=PNG) if is_images else self._options
+        hr = self._shapes.hr
+        identity = identity_of(source, self._session.contract, options)
+        with Part(dst, identity, self._session.fingerprints(), options.restart) as part:
+            join = Images(part.joined, source) if is_images else Join(part.joined, source, hr)
+            if not part.segments():
+                rehearse(part.folder / "rehearsal.segment", join, hr, options.encoding)
+            finished = len(part.segments()) * options.segment_frames
+            hr_frames = self._start(dst, finished)
+            try:
+                for first in hr_frames:
+                    images = chain([first], islice(hr_frames, options.segment_frames - 1))
+                    write_segment(part.segment(len(part.segments())), images, hr, options.encoding)
+                self._check_all_came(finished)
+                times = Times(self._shapes.lr.time_base, self._feed.pts, self._video.last_duration)
+                join.write(part.segments(), times, is_whole=options.range == Range())
+            except (UpscaleError, av.FFmpegError, OSError) as err:
+                kept = min(len(part.segments()) * options.segment_frames, finished + self._new_frames)
+                raise self._stopped(
+                    err,
+                    finished,
+                    f"{kept} frames are kept in {part.folder}, the same command goes on from there",
+                ) from err
+            finally:
+                self._feed.close()
+            part.finish()
+
+    def stream(self, dst: Path) -> None:
+        """Write y4m to standard output."""
+        hr_frames = self._start(dst, 0)
+        try:
+            write_y4m(hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
+            self._check_all_came(0)
+            if len({after - before for before, after in pairwise(self._feed.pts)}) > 1:
+                log.warning("the frames of %s are not evenly spaced, which y4m cannot say", self._video.path)
+        except (UpscaleError, av.FFmpegError, OSError) as err:
+            raise self._stopped(err, 0, "what came before is written") from err
+        finally:
+            self._feed.close()
+
+    def _start(self, dst: Path, finished: int) -> Iterator[Image]:
+        """Set the stages going; yields hr frames from the first that is not finished."""
+        self._started_s = time.monotonic()
+        _say_how(self._session, self._shapes.grid, self._options)
+        self._watcher.started(dst, self._video.frames_expected(self._options.range), finished)
+        self._feed = Feed(self._video, self._session, self._shapes, self._options, finished)
+        return self._counted(self._feed)
+
+    def _counted(self, feed: Feed) -> Iterator[Image]:
+        for image in feed:
+            yield image
+            self._new_frames += 1
+            self._watcher.advanced()
+
+    def _check_all_came(self, finished: int) -> None:
+        self._encode_s = time.monotonic() - self._started_s - self._feed.wait.busy_s
+        missing = self._video.what_is_missing()
+        if missing and not self._options.allow_damage:
+            raise UpscaleError(f"the file {missing}: get it whole, or pass --allow-damage")
+        expected = max(0, len(self._feed.pts) - finished)
+        if self._new_frames != expected:
+            raise UpscaleError(f"expected {expected} frames back, found {self._new_frames}")
+
+    def _stopped(self, err: Exception, finished: int, state: str) -> UpscaleError:
+        """Say how far it came."""
+        after = finished + self._new_frames
+        reason = str(err)
+        if not isinstance(err, UpscaleError):
+            reason = f"cannot write it ({getattr(err, 'strerror', None) or err})"
+        if not after:
+            return UpscaleError(reason)
+        return UpscaleError(f"stopped after frame {after} of {self._video.path}: {reason}; {state}")
+
+    def result(self) -> Result:
+        """What was done."""
+        feed, shapes = self._feed, self._shapes
+        return Result(
+            frames=len(feed.pts),
+            new_frames=self._new_frames,
+            cuts_s=[float((pts - feed.pts[0]) * shapes.lr.time_base) for pts in feed.cuts.cuts],
+            damaged_frames=self._video.damaged,
+            lr_size=shapes.lr.size,
+            hr_size=shapes.hr.size,
+            elapsed_s=time.monotonic() - self._began_s,
+            stages_s={
+                "decode": feed.decode.busy_s,
+                "inference": self._session.wait_s,
+                "encode": self._encode_s,
+            },
+        )
+
+
+def identity_of(source: Source, contract: Contract, options: Options) -> dict[str, object]:
+    """All that decides what the frames of a run look like; JSON-able."""
+    encoding = options.encoding
+    return {
+        "input": source.hash(),
+        "model": contract.model,
+        "model parameters": dict(contract.parameters),
+        "encoding": [encoding.codec.encoder, encoding.pix_fmt, *map(list, encoding.options)],
+        "final size": list(options.final_size or ()),
+        "range": {name: str(value) for name, value in asdict(options.range).items()},
+        "scene threshold": options.scene_threshold,
+        "segment length": options.segment_frames,
+    }
+
+
+def _say_how(session: Session, grid: Grid, options: Options) -> None:
+    """Agree with the servers on how frames pass, and tell the user."""
+    lr_shape = (session.contract.window, *grid.tile, 3)
+    log.info("frames pass through %s", session.share_memory(lr_shape, options.transport))
+    if grid.count > 1:
+        log.info("every frame in %d tiles of %dx%d", grid.count, grid.tile[1], grid.tile[0])
+
+
+def rehearse(segment: Path, join: Join | Images, picture: Picture, encoding: Encoding) -> None:
+    """Encode and join one black frame, so that what cannot be written is known before the work."""
+    height, width = picture.size
+    try:
+        write_segment(segment, [np.zeros((height, width, 3), np.uint8)], picture, encoding)
+    except av.FFmpegError as err:
+        settings = " ".join(f"{name}={value}" for name, value in encoding.options)
+        what = f"{encoding.codec.encoder} refused {width}x{height} {encoding.pix_fmt} {settings}"
+        raise UpscaleError(f"{what} ({err.strerror}): change --codec, --preset, --crf or --pix-fmt") from err
+    join.rehearse(segment)
+    segment.unlink()

@@ -1,0 +1,58 @@
+"""Fixtures of more than one test file: a small repository of the served contract, and a server on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_network import TINY, run_build, shake
+from toy_models import add_batch_witness, build_toy_models
+
+from deploy.embedded.server import TritonServer
+from export import parity, repository
+from export.checkpoint import save_checkpoint
+from export.network import WIDTHS, MstGan
+
+
+@pytest.fixture(scope="session")
+def toy_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model repository with small models; not to be changed."""
+    folder = tmp_path_factory.mktemp("toy")
+    build, models = folder / "build", folder / "model_repository"
+    build.mkdir()
+    build_toy_models(build)
+    repository.write_configs(models)
+    repository.install(build, models)
+    add_batch_witness(models)
+    return models
+
+
+@pytest.fixture(scope="session")
+def toy_server(toy_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """The embedded server with the small models."""
+    with TritonServer(toy_repository, tmp_path_factory.mktemp("server") / "triton.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Weights of the tiny network, as the build command takes them."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    torch.manual_seed(0)
+    save_checkpoint(shake(MstGan(TINY)), path, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(WIDTHS, TINY.name, TINY)
+        patch.setattr(parity, "CASES", ((4, (20, 36)), (1, (36, 20))))
+        patch.delenv("VSR_DEBUG", raising=False)
+        yield path
+
+
+@pytest.fixture(scope="session")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that one successful build for the CPU has filled; not to be changed."""
+    folder = tmp_path_factory.mktemp("built")
+    result = run_build(checkpoint, folder, "--target", "cpu")
+    assert result.exit_code == 0, result.output
+    return folder
