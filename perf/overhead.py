@@ -1,0 +1,160 @@
+"""``make bench``: file to file through the server, against bare ONNX Runtime over the same models.
+
+The bare loop has its frames in memory and drops its answers: no decoding, no encoding, no transport. Both
+sides have the same cores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+import click
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from deploy.embedded.server import ServerError, TritonServer
+from perf import clip, results
+from perf.errors import Command, PerfError, one_line
+from perf.machine import machine
+from perf.sweep import MODELS, ROOT, Contract
+from perf.variant import ENSEMBLE, fingerprints, model_file, read_configs
+
+SERVED = "served, file to file"
+log = logging.getLogger(__name__)
+
+
+class Chain:
+    """The ensemble's steps as plain ONNX Runtime sessions in this process."""
+
+    def __init__(self, repository: Path, threads: int) -> None:
+        """Load every composing model with so many threads each."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        configs = read_configs(repository, None)
+        self.steps = configs[ENSEMBLE].ensemble_scheduling.step
+        self.sessions = [
+            onnxruntime.InferenceSession(
+                str(model_file(repository, configs[step.model_name])),
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+            for step in self.steps
+        ]
+
+    def __call__(self, tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        """Run one batch through all steps; tensors are named as in the ensemble."""
+        values = dict(tensors)
+        for step, session in zip(self.steps, self.sessions, strict=True):
+            outputs = list(step.output_map)
+            inputs = {name: values[source] for name, source in step.input_map.items()}
+            for name, value in zip(outputs, session.run(outputs, inputs), strict=True):
+                values[step.output_map[name]] = value
+        return values
+
+
+def bare_fps(repository: Path, windows: clip.Frames, batch: int, streams: int, cores: int) -> float:
+    """Frames per second of ``streams`` chains side by side, the cores shared between them."""
+    name = Contract.of(repository).input_name
+    chains = [Chain(repository, max(1, cores // streams)) for _ in range(streams)]
+    work = [windows[start : start + batch] for start in range(0, len(windows), batch)]
+    for chain in chains:
+        chain({name: work[0]})
+    started = time.perf_counter()
+    with ThreadPoolExecutor(streams) as pool:
+        # Each stream takes every n-th batch.
+        list(pool.map(lambda n: [chains[n]({name: b}) for b in work[n::streams]], range(streams)))
+    return len(windows) / (time.perf_counter() - started)
+
+
+def served(repository: Path, source: Path, folder: Path) -> dict[str, Any]:
+    """What the client says when it is done: frames per second, and seconds at work by stage."""
+    try:
+        with TritonServer(repository, folder / "triton.log") as server:
+            command = [
+                sys.executable,
+                str(ROOT / "client/upscale.py"),
+                str(source),
+                str(folder / "upscaled.mp4"),
+            ]
+            command += ["--url", server.grpc_url, "--overwrite", "--json"]
+            log.info("%s", shlex.join(command))
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    except ServerError as err:
+        raise PerfError(one_line(err)) from err
+    events = [json.loads(line) for line in run.stdout.splitlines()]
+    finished = next((event for event in events if event["event"] == "finished"), None)
+    if run.returncode or finished is None:
+        raise PerfError(f"client/upscale.py ended with status {run.returncode}: its own words are above")
+    return dict(finished)
+
+
+def write_clip(path: Path, frames: clip.Frames) -> None:
+    """Write (T, H, W, 3) uint8 RGB frames as H.264 of a good quality."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "12"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+
+
+@click.command(cls=Command)
+@click.option("--size", nargs=2, default=(180, 320), help="Lr height and width.")
+@click.option("--frames", default=40, help="Frames of the clip, at most 130.")
+@click.option("--rounds", default=3, help="Each side is measured so often, in turns; the median counts.")
+@click.option("--repository", type=click.Path(path_type=Path), default=MODELS)
+@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
+def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out: Path) -> None:
+    """Measure what serving costs, on a clip of real frames."""
+    facts = {"machine": machine(), "models": {"default": fingerprints(repository, None)}}
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        lr = clip.read_frames(frames, size)
+        write_clip(folder / "lr.mp4", lr)
+        windows = clip.windows(lr, Contract.of(repository).window)
+        fps: dict[str, list[float]] = {}
+        client: dict[str, Any] = {}
+        for _ in range(rounds):
+            for batch, streams in ((1, 1), (4, 1), (4, 2)):
+                name = f"bare, batch {batch}, {streams} stream{'s' * (streams > 1)}"
+                fps.setdefault(name, []).append(bare_fps(repository, windows, batch, streams, cores))
+                log.info("%-26s %.2f fps", name, fps[name][-1])
+            client = served(repository, folder / "lr.mp4", folder)
+            fps.setdefault(SERVED, []).append(client["fps"])
+            log.info("%-26s %.2f fps", SERVED, client["fps"])
+    bare = {name: median(values) for name, values in fps.items() if name != SERVED}
+    best = max(bare, key=lambda name: bare[name])
+    result = {
+        "kind": "overhead",
+        "name": "overhead",
+        **facts,
+        "size": list(size),
+        "frames": len(lr),
+        "encoder": "H.264, the client's default",
+        "fps": fps,
+        "best_bare": best,
+        "served_over_best_bare": median(fps[SERVED]) / bare[best],
+        "client_stages_s": client["stages_s"],
+    }
+    path = results.write(out, result)
+    log.info("%s: served %.0f %% of %s", path, 100 * result["served_over_best_bare"], best)
+
+
+if __name__ == "__main__":
+    main()

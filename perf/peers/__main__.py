@@ -1,0 +1,70 @@
+"""``make peers``: ours and theirs in one run, same frames, same threads, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+
+from perf import results
+from perf.clip import Size
+from perf.errors import Command, PerfError
+from perf.machine import machine
+from perf.peers.rows import ROWS, count
+from perf.peers.timing import EAGER, ON_GPU, ONNX, measure
+
+PAPERS_SIZE: Size = (720, 1280)  # of the papers' FLOPs
+
+log = logging.getLogger(__name__)
+
+
+@click.command(cls=Command)
+@click.argument("names", nargs=-1)
+@click.option("--size", nargs=2, default=(180, 320), help="Lr height and width.")
+@click.option("--limit", default=20.0, help="Seconds for one network; what is slower gets a smaller frame.")
+@click.option("--rounds", default=3, help="Runs of each network; the median counts.")
+@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
+def main(names: tuple[str, ...], size: Size, limit: float, rounds: int, out: Path) -> None:
+    """Measure the networks NAMES, or all."""
+    if unknown := set(names) - set(ROWS):
+        raise PerfError(f"expected networks among {', '.join(ROWS)}; found {unknown.pop()!r}")
+    threads = len(os.sched_getaffinity(0))
+    has_gpu = torch.cuda.is_available()
+    result: dict[str, Any] = {
+        "kind": "peers",
+        "name": "peers_gpu" if has_gpu else "peers",
+        "machine": machine(),
+        "threads": threads,
+        "size": list(size),
+        "papers_size": list(PAPERS_SIZE),
+        "networks": {},
+        "rows": [],
+    }
+    for name in names or ROWS:
+        costs = {side: count(ROWS[name], side) for side in (size, PAPERS_SIZE)}
+        result["networks"][name] = {
+            "parameters": costs[size].parameters,
+            "flops": costs[size].flops,
+            "flops_at_papers_size": costs[PAPERS_SIZE].flops,
+        }
+        for runtime in ON_GPU if has_gpu else (EAGER, ONNX):
+            # A process of its own: peak memory is its alone.
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                row = pool.submit(measure, name, runtime, size, limit, rounds, threads).result()
+            result["rows"].append(row)
+            log.info(
+                "%-16s %-13s %9.1f ms/frame  %s", name, runtime, median(row["ms_per_frame"]), row["size"]
+            )
+            path = results.write(out, result)
+    log.info("%s", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""EDVR (Wang et al., CVPRW 2019): five frames, aligned by deformable convolutions, merged by attention.
+
+Names of weights follow BasicSR's release of the authors' checkpoints: M and L, without the pre-deblur module.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perf.peers.deform_conv import DeformConv
+from perf.peers.layers import Reconstruction, ResidualBlock, conv3x3, leaky, upscale
+
+WINDOW = 5
+GROUPS = 8  # of channels with offsets of their own
+LEVELS = ("l3", "l2", "l1")  # of the pyramid, coarse to fine
+
+
+class PcdAlignment(nn.Module):
+    """Pyramid, cascading and deformable alignment of one frame's features to the centre's (section 3.2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        two = 2 * channels
+        self.offset_conv1 = nn.ModuleDict({level: conv3x3(two, channels) for level in LEVELS})
+        self.offset_conv2 = nn.ModuleDict(
+            {level: conv3x3(channels if level == LEVELS[0] else two, channels) for level in LEVELS}
+        )
+        self.offset_conv3 = nn.ModuleDict({level: conv3x3(channels, channels) for level in LEVELS[1:]})
+        self.dcn_pack = nn.ModuleDict({level: DeformConv(channels, GROUPS) for level in LEVELS})
+        self.feat_conv = nn.ModuleDict({level: conv3x3(two, channels) for level in LEVELS[1:]})
+        self.cas_offset_conv1 = conv3x3(two, channels)
+        self.cas_offset_conv2 = conv3x3(channels, channels)
+        self.cas_dcnpack = DeformConv(channels, GROUPS)
+
+    def forward(self, neighbour: dict[str, Tensor], centre: dict[str, Tensor]) -> Tensor:
+        """Features by level, (N, C, h, w) each -> (N, C, H, W)."""
+        coarse: tuple[Tensor, Tensor] | None = None  # where to look, and what was found, one level up
+        for level in LEVELS:
+            where = leaky(self.offset_conv1[level](torch.cat((neighbour[level], centre[level]), dim=1)))
+            if coarse is None:
+                where = leaky(self.offset_conv2[level](where))
+                found = leaky(self.dcn_pack[level](neighbour[level], where))
+            else:
+                where = leaky(self.offset_conv2[level](torch.cat((where, 2 * upscale(coarse[0], 2)), dim=1)))
+                where = leaky(self.offset_conv3[level](where))
+                found = self.dcn_pack[level](neighbour[level], where)
+                found = self.feat_conv[level](torch.cat((found, upscale(coarse[1], 2)), dim=1))
+                if level != LEVELS[-1]:
+                    found = leaky(found)
+            coarse = where, found
+        where = leaky(self.cas_offset_conv1(torch.cat((found, centre[LEVELS[-1]]), dim=1)))
+        return leaky(self.cas_dcnpack(found, leaky(self.cas_offset_conv2(where))))
+
+
+class TsaFusion(nn.Module):
+    """Temporal and spatial attention: what resembles the centre counts more (section 3.3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        c = channels
+        self.temporal_attn1, self.temporal_attn2 = conv3x3(c, c), conv3x3(c, c)
+        self.feat_fusion = nn.Conv2d(WINDOW * c, c, 1)
+        self.spatial_attn1, self.spatial_attn2 = nn.Conv2d(WINDOW * c, c, 1), nn.Conv2d(2 * c, c, 1)
+        self.spatial_attn3, self.spatial_attn4 = conv3x3(c, c), nn.Conv2d(c, c, 1)
+        self.spatial_attn5 = conv3x3(c, c)
+        self.spatial_attn_l1, self.spatial_attn_l2 = nn.Conv2d(c, c, 1), conv3x3(2 * c, c)
+        self.spatial_attn_l3 = conv3x3(c, c)
+        self.spatial_attn_add1, self.spatial_attn_add2 = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, aligned: Tensor) -> Tensor:
+        """(N, 5, C, H, W) -> (N, C, H, W)."""
+        n, t, c, h, w = aligned.shape
+        centre = self.temporal_attn1(aligned[:, t // 2])
+        each = self.temporal_attn2(aligned.reshape(n * t, c, h, w)).view(n, t, c, h, w)
+        likeness = torch.sigmoid((each * centre.unsqueeze(1)).sum(dim=2, keepdim=True))
+        weighted = (aligned * likeness).reshape(n, t * c, h, w)
+
+        attention = leaky(self.spatial_attn1(weighted))
+        attention = leaky(self.spatial_attn2(_halved(attention)))
+        coarser = leaky(self.spatial_attn_l2(_halved(leaky(self.spatial_attn_l1(attention)))))
+        coarser = upscale(leaky(self.spatial_attn_l3(coarser)), 2)
+        attention = leaky(self.spatial_attn4(leaky(self.spatial_attn3(attention)) + coarser))
+        attention = self.spatial_attn5(upscale(attention, 2))
+        shift = self.spatial_attn_add2(leaky(self.spatial_attn_add1(attention)))
+        # Twice the sigmoid: about 1 before training.
+        return leaky(self.feat_fusion(weighted)) * torch.sigmoid(attention) * 2 + shift
+
+
+class Edvr(Reconstruction):
+    """Features of every frame, alignment, fusion, reconstruction of the centre frame."""
+
+    def __init__(self, channels: int, blocks: int) -> None:
+        super().__init__(channels)
+        self.conv_first = conv3x3(3, channels)
+        self.feature_extraction = nn.Sequential(*(ResidualBlock(channels) for _ in range(5)))
+        self.conv_l2_1, self.conv_l2_2 = conv3x3(channels, channels, 2), conv3x3(channels, channels)
+        self.conv_l3_1, self.conv_l3_2 = conv3x3(channels, channels, 2), conv3x3(channels, channels)
+        self.pcd_align = PcdAlignment(channels)
+        self.fusion = TsaFusion(channels)
+        self.reconstruction = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
+
+    def pyramid(self, frames: Tensor) -> list[dict[str, Tensor]]:
+        """Features by level, (N, C, h, w) each, of every frame of (N, T, 3, H, W)."""
+        n, t, c, h, w = frames.shape
+        l1 = self.feature_extraction(leaky(self.conv_first(frames.reshape(n * t, c, h, w))))
+        l2 = leaky(self.conv_l2_2(leaky(self.conv_l2_1(l1))))
+        l3 = leaky(self.conv_l3_2(leaky(self.conv_l3_1(l2))))
+        levels = {level: x.view(n, t, *x.shape[1:]) for level, x in zip(LEVELS, (l3, l2, l1), strict=True)}
+        return [{level: x[:, index] for level, x in levels.items()} for index in range(t)]
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, 5, 3, H, W), H and W multiples of 4 -> (N, 1, 3, 4H, 4W)."""
+        features = self.pyramid(frames)
+        centre = features[WINDOW // 2]
+        aligned = torch.stack([self.pcd_align(one, centre) for one in features], dim=1)
+        answer = self.reconstruct(self.reconstruction(self.fusion(aligned)), frames[:, WINDOW // 2])
+        return answer.unsqueeze(1)
+
+
+def edvr_m() -> Edvr:
+    """The moderate one of the paper's section 4.1."""
+    return Edvr(channels=64, blocks=10)
+
+
+def edvr_l() -> Edvr:
+    """The large one."""
+    return Edvr(channels=128, blocks=40)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Largest and mean of every other pixel's neighbourhood."""
+    return torch.cat((F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 3, 2, 1)), dim=1)

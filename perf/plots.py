@@ -1,0 +1,130 @@
+"""Plots of the report, as SVG text; they draw what the sections give them and measure nothing."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+
+from perf.points import Figure, Measured, varying
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",  # text stays text: small files that can be searched
+        "svg.hashsalt": "mst-gan",  # the same data gives the same file
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+    }
+)
+COLOURS = ("#1b6ca8", "#d1603d", "#3d8361", "#8d5a97", "#b38a00", "#5c6b73")
+WIDTH_IN, HEIGHT_IN = 9.0, 2.9
+BAR_IN = 0.32
+PHASES = {"queue_ms": "queue", "input_ms": "input", "infer_ms": "infer", "output_ms": "output"}
+PERCENTILES = ("p50", "p95", "p99")
+
+
+def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
+    """Throughput, tail latency and batch over one setting; a line for each combination of the others."""
+    others = [name for name in varying(list(points)) if name != key]
+    canvas = Canvas(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+    panels = canvas.subplots(1, 3)
+    groups: dict[str, list[Measured]] = {}
+    for point in points:
+        groups.setdefault(point.label(others), []).append(point)
+    quantities = (
+        ("frames/s", lambda point: point.fps),
+        ("p95 latency, ms", lambda point: point.latency_ms["p95"]),
+        ("batch achieved", lambda point: point.batch),
+    )
+    for panel, (title, figure_of) in zip(panels, quantities, strict=True):
+        for colour, (label, members) in zip(COLOURS, groups.items(), strict=False):
+            shown = [(point.settings[key], figure) for point in members if (figure := figure_of(point))]
+            _line(panel, [x for x, _ in shown], [figure for _, figure in shown], label, colour)
+        panel.set(title=title, xlabel=axis, ylim=(0, None))
+    if others:
+        panels[0].legend()
+    return _svg(canvas)
+
+
+def percentiles_over_rate(points: Sequence[Measured]) -> str:
+    """Latency percentiles over the offered load."""
+    canvas = Canvas(figsize=(WIDTH_IN * 0.6, HEIGHT_IN), layout="constrained")
+    panel = canvas.subplots()
+    offered = [point for point in points if point.rate]
+    for colour, name in zip(COLOURS, PERCENTILES, strict=False):
+        figures = [point.latency_ms[name] for point in offered]
+        _line(panel, [_frames_per_second(point) for point in offered], figures, name, colour)
+    panel.set(xlabel="frames/s offered, Poisson", ylabel="latency, ms", ylim=(0, None))
+    panel.legend()
+    return _svg(canvas)
+
+
+def bars(figures: Mapping[str, Figure], axis: str) -> str:
+    """One bar each, with the span over the rounds."""
+    canvas = Canvas(figsize=(WIDTH_IN * 0.75, 0.7 + BAR_IN * len(figures)), layout="constrained")
+    panel = canvas.subplots()
+    medians = [figure.median for figure in figures.values()]
+    spans = [[m - f.span[0] for m, f in zip(medians, figures.values(), strict=True)],
+             [f.span[1] - m for m, f in zip(medians, figures.values(), strict=True)]]  # fmt: skip
+    drawn = panel.barh(list(figures), medians, xerr=spans, color=COLOURS[0], height=0.62, error_kw={"lw": 1})
+    panel.bar_label(drawn, [f" {figure.text()}" for figure in figures.values()], padding=4)
+    panel.set(xlabel=axis, xlim=(0, 1.35 * max(figure.span[1] for figure in figures.values())))
+    panel.invert_yaxis()
+    panel.grid(False, axis="y")
+    return _svg(canvas)
+
+
+def stage_bars(points: Mapping[str, Measured], stages: Sequence[str]) -> str:
+    """Where a request's time goes: phases of every stage, stacked; a bar for each point."""
+    canvas = Canvas(figsize=(WIDTH_IN, 1.6 + BAR_IN * len(points)), layout="constrained")
+    panel = canvas.subplots()
+    left = [0.0] * len(points)
+    for colour, stage in zip(COLOURS, stages, strict=False):
+        for alpha, (phase, word) in zip((0.3, 0.5, 1.0, 0.7), PHASES.items(), strict=True):
+            widths = [point.stages[stage][phase] for point in points.values()]
+            panel.barh(
+                list(points),
+                widths,
+                left=left,
+                color=colour,
+                alpha=alpha,
+                height=0.62,
+                label=f"{stage}: {word}",
+            )
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    panel.set(xlabel="ms of a request")
+    panel.invert_yaxis()
+    panel.grid(False, axis="y")
+    canvas.legend(ncols=len(stages), loc="outside lower center")
+    return _svg(canvas)
+
+
+def _frames_per_second(point: Measured) -> float:
+    assert point.rate is not None
+    return point.rate * int(point.settings["batch"])
+
+
+def _line(panel: Axes, x: Sequence[float], figures: Sequence[Figure], label: str, colour: str) -> None:
+    low, high = ([figure.span[end] for figure in figures] for end in (0, 1))
+    panel.plot(x, [figure.median for figure in figures], "o-", label=label, color=colour, ms=3.5, lw=1.4)
+    panel.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def _svg(canvas: Canvas) -> str:
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    # One decimal of a point is finer than any screen.
+    text = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), text)
+    return text[text.index("<svg") :]
