@@ -1,0 +1,77 @@
+# Every command is one line; the logic lives in Python.
+PYTHON ?= python3.11
+CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
+SERVE_ARGS ?=
+SWEEP ?=
+BASE ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS := model_repository/generator/1/model.onnx
+EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export plans configs serve demo lint format unit test perf-tools sweep peers bench report clean
+
+help:  ## List these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[export,server,perf,test]'
+	touch $@
+
+setup: $(VENV)/.installed  ## Make .venv with everything (needs no root)
+
+$(MODELS): $(CHECKPOINT) $(EXPORT_CODE) | setup
+	$(BIN)/python -m export build --checkpoint $(CHECKPOINT)
+
+export: setup  ## Checkpoint -> ONNX -> parity check -> model_repository/  [TARGET=cpu|cuda|fp32] [CHECKPOINT=...]
+	$(BIN)/python -m export build --checkpoint $(CHECKPOINT) $(if $(TARGET),--target $(TARGET))
+
+plans: $(MODELS)  ## TensorRT-RTX plans of all three stages (needs no GPU)
+	$(BIN)/python -m export plans
+
+configs: setup  ## Regenerate every config.pbtxt from export/spec.py
+	$(BIN)/python -m export repository
+
+serve: $(MODELS)  ## Serve model_repository/ on loopback  [SERVE_ARGS=...]
+	$(BIN)/tritonserver --model-repository=model_repository $(SERVE_ARGS)
+
+demo: $(MODELS)  ## Upscale a real clip through a real server, and show it beside bicubic
+	$(BIN)/python -m deploy.demo
+
+lint: setup  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --strict export/spec.py client
+
+format: setup  ## Put the code into the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: setup  ## The tests that need no server
+	$(BIN)/python -m pytest -m "not server"
+
+test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server
+	$(BIN)/python -m pytest
+
+perf-tools: setup  ## Get a perf_analyzer that runs here (needs no root)
+	$(BIN)/python -m perf.tools
+
+sweep: $(MODELS) perf-tools  ## Measure the server with perf_analyzer  [SWEEP=name]
+	$(BIN)/python -m perf.sweep $(SWEEP)
+
+peers: setup  ## Measure the papers' rivals beside ours, network by network
+	$(BIN)/python -m perf.peers
+
+bench: $(MODELS)  ## File-to-file throughput against bare ONNX Runtime
+	$(BIN)/python -m perf.overhead
+
+report: setup  ## Draw perf/REPORT.md and perf/report.html from perf/results/  [BASE=folder]
+	$(BIN)/python -m perf.report $(if $(BASE),--base $(BASE))
+
+clean:  ## Remove what was built, but not .venv
+	rm -rf build model_repository/*/1/model*
