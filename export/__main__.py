@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
 import click
 
 from export.errors import ExportError
-
-ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build"
+from export.folders import BUILD, ROOT
+from export.training.commands import evaluate, train
 
 
 class Commands(click.Group):
@@ -136,97 +133,8 @@ def repository(folder: Path) -> None:
     write_configs(folder)
 
 
-@main.command()
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of videos.")
-@click.option(
-    "--photos", type=click.Path(path_type=Path), help="Folder of still images, to be moved synthetically."
-)
-@click.option(
-    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
-    help="Text file naming the clips to hold back and score on, one a line.",
-)  # fmt: skip
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Run folder; an existing one is resumed."
-)
-@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
-@click.option("--init", type=click.Path(path_type=Path), help="Checkpoint to start from.")
-@click.option(
-    "--objective", type=click.Choice(["fidelity", "flow"]), default="fidelity", help="flow: the flow alone."
-)
-@click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
-@click.option("--widths", default="pruned", help="Width table.")
-@click.option("--steps", default=20_000)
-@click.option("--batch", default=12, help="Windows per step.")
-@click.option("--patch", default=192, help="Hr pixels a side.")
-@click.option("--lr", default=4e-4, help="Peak learning rate.")
-@click.option("--seed", default=0)
-@click.option("--bf16/--fp32", default=True, help="Arithmetic of the generator's convolutions.")
-@click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
-def train(
-    clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
-    objective: str, photo_share: float, widths: str, steps: int, batch: int, patch: int, lr: float,
-    seed: int, bf16: bool, validate_every: int,
-) -> None:  # fmt: skip
-    """Train the generator for fidelity; Ctrl-C saves, the same command goes on."""
-    from export.checkpoint import load_checkpoint
-    from export.network import WIDTHS
-    from export.spec import MULTIPLE_OF, SCALE
-    from export.training.footage import load_folder
-    from export.training.trainer import Trainer, TrainOptions
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
-    if widths not in WIDTHS:
-        raise ExportError(f"expected --widths to be one of {', '.join(WIDTHS)}, found {widths!r}")
-    if patch % (SCALE * MULTIPLE_OF):
-        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
-    held_back = validation.read_text().split()
-    options = TrainOptions(
-        objective=objective, photo_share=photo_share, widths=widths, steps=steps, batch=batch, patch=patch,
-        lr=lr, seed=seed, bf16=bf16, validate_every=validate_every,
-    )  # fmt: skip
-    validation_clips = load_folder(clips, cache, min_side=patch, names=held_back)
-    training_clips = [c for c in load_folder(clips, cache, min_side=patch) if c.name not in held_back]
-    training_photos = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
-    start = load_checkpoint(init) if init else None
-    if start and start.widths.name != widths:
-        raise ExportError(f"expected --init of the {widths!r} widths, found {start.widths.name!r}")
-    Trainer(options, training_clips, training_photos, validation_clips, out, start).run()
-
-
-@main.command()
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of videos.")
-@click.option(
-    "--validation",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="Text file naming the clips.",
-)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; by default the project's own.")
-@click.option("--segments", default=4, help="Per clip, of seven frames each, evenly spread.")
-@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=BUILD / "evaluation", help="Tables and pictures."
-)
-def evaluate(
-    clips: Path, validation: Path, checkpoint: Path | None, segments: int, cache: Path, out: Path
-) -> None:
-    """Score a checkpoint beside bicubic: a table, its JSON, and a picture per clip."""
-    from export.checkpoint import DEFAULT, load_checkpoint
-    from export.training import evaluation
-    from export.training.footage import load_folder
-    from export.training.pictures import CROP
-
-    network = load_checkpoint(checkpoint or DEFAULT)
-    footage = load_folder(clips, cache, min_side=max(CROP) + 1, names=validation.read_text().split())
-    out.mkdir(parents=True, exist_ok=True)
-    scores = evaluation.evaluate(network, footage, segments)
-    table = evaluation.markdown(scores)
-    (out / "scores.md").write_text(table + "\n")
-    (out / "scores.json").write_text(json.dumps(evaluation.as_json(scores), indent=2) + "\n")
-    for clip in footage:
-        evaluation.illustrate(network, clip, out / f"{Path(clip.name).stem}.png")
-    click.echo(table)
-
+for command in (train, evaluate):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()
