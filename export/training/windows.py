@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.spec import SCALE, WINDOW
+from export.spec import WINDOW
+from export.training.degradations import bi
 from export.training.footage import Clip
 
 MIN_STD = 6.0  # grey levels; flatter crops teach nothing
@@ -24,17 +25,7 @@ MAX_ZOOM = 0.015  # per frame
 SKIP_FRAME_SHARE = 0.25  # of the windows take every second frame: larger motion
 
 
-def downscale(hr: Tensor) -> Tensor:
-    """Degradation ``bi``: bicubic with antialiasing (as MATLAB's imresize), rounded to 8 bits.
-
-    Args:
-        hr: (M, 3, H, W) float32, 0..1; sides multiples of 4.
-
-    Returns:
-        (M, 3, H/4, W/4) float32, 0..1, multiples of 1/255.
-    """
-    lr = F.interpolate(hr, scale_factor=1 / SCALE, mode="bicubic", antialias=True, align_corners=False)
-    return (lr.clamp(0, 1) * 255).round() / 255
+downscale = bi
 
 
 class Batch(NamedTuple):
