@@ -72,7 +72,7 @@ def shared_memory(server):
 
 
 def test_shared_memory_of_a_killed_client_is_let_go(toy_server, tmp_path):
-    clip = lossless_clip(tmp_path / "in.mkv", 60, 64, 64)
+    clip = lossless_clip(tmp_path / "in.mkv", 180, 64, 64)
     command = [sys.executable, SCRIPT, clip, tmp_path / "out.mkv", "--url", toy_server.grpc_url, *LOSSLESS]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
     while not (tmp_path / "out.mkv.part" / "000000.segment").exists():
@@ -119,7 +119,7 @@ def test_a_window_sent_to_a_server_that_has_unloaded_its_models(toy_repository, 
 
 
 def test_a_run_goes_on_with_the_same_weights_only(toy_repository, tmp_path):
-    clip = lossless_clip(tmp_path / "in.mkv", 40, 64, 64)
+    clip = lossless_clip(tmp_path / "in.mkv", 120, 64, 64)
     out = tmp_path / "out.mkv"
     others = shutil.copytree(toy_repository, tmp_path / "others")
     generator = onnx.load(others / "generator" / "1" / "model.onnx")
@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_the_same_weights_only(toy_repository, tmp_path):
 def test_a_server_that_dies_and_comes_back(toy_repository, tmp_path, models, death):
     """The client waits, sends again what was lost, and the result is that of a run without trouble."""
     repository = {"small": toy_repository, "real": ROOT / "model_repository"}[models]
-    clip = lossless_clip(tmp_path / "in.mkv", 32, 64, 64)
+    clip = lossless_clip(tmp_path / "in.mkv", 64, 64, 64)
     out = tmp_path / "out.mkv"
     server = TritonServer(repository, tmp_path / "triton.log")
     with ThreadPoolExecutor(1) as pool, server:

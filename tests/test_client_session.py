@@ -106,11 +106,16 @@ def test_instances_are_counted_per_gpu():
 
 def test_requests_in_flight_come_from_the_server(open_session):
     gate = threading.Event()
-    with FakeTriton(before_answer=lambda _: gate.wait(5)) as triton:
+
+    def hold(_):
+        if triton.under_way == session.in_flight:
+            threading.Timer(0.2, gate.set).start()  # long enough for a request too many
+        gate.wait(60)
+
+    with FakeTriton(before_answer=hold) as triton:
         session = open_session(triton)
         assert session.in_flight == 2 * 4 * 2  # twice the batch of 4, for two instances
         answers = session.hr_frames(lr_windows(40))
-        threading.Timer(0.5, gate.set).start()
         assert values(answers) == list(range(40))
         assert triton.most_under_way == 16
 
@@ -147,14 +152,15 @@ def test_memory_that_is_not_there_is_not_used(open_session, monkeypatch, tmp_pat
 
 def test_an_abandoned_run_does_not_disturb_the_next(open_session):
     """As when one clip of many fails while its windows are under way: its thread still waits for them."""
-    with FakeTriton(before_answer=lambda count: time.sleep(1.5 if count == 1 else 0)) as triton:
+    gate = threading.Event()
+    with FakeTriton(before_answer=lambda count: count == 1 and gate.wait(60)) as triton:
         session = open_session(triton)
         Ahead(session.hr_frames(lr_windows(1)), 1)
         while not triton.requests:
             time.sleep(0.01)
-        began_s = time.monotonic()
         assert values(session.hr_frames(lr_windows(1))) == [0]
-        assert time.monotonic() - began_s < 1
+        assert triton.under_way == 1  # the first one still waits
+        gate.set()
 
 
 def test_no_windows_no_answers(open_session):
@@ -193,7 +199,7 @@ def test_a_server_that_comes_back_is_used_again(open_session):
     with triton:
         session = open_session(triton)
         assert values(session.hr_frames(lr_windows(60))) == list(range(60))
-        assert restarted.get(timeout=5)
+        assert restarted.get(timeout=60)
         assert session.resent > 0
 
 
@@ -238,7 +244,7 @@ def test_a_server_that_stays_away_is_given_up(open_session):
     began_s = time.monotonic()
     with pytest.raises(UpscaleError, match=r"lost 127.0.0.1:\d+ and found no server for 1 s: start one"):
         list(session.hr_frames(slow(lr_windows(60))))
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 60
 
 
 def slow(items):
