@@ -6,9 +6,11 @@ import math
 import mmap
 import os
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from windows import Image
 SHARED_FOLDER = Path("/dev/shm")  # where POSIX shared memory lives on Linux
 NAME_PREFIX = "vsr-upscale"  # a dash and the owner's process id follow
 ALIGNMENT_BYTES = 4096
-TELL_TIMEOUT_S = 2.0  # for the server's notes about memory, which cost it nothing
+LEFTOVER_AGE_S = 60.0
+TELL_TIMEOUT_S = 10.0  # for the server's notes about memory: cheap, but a loaded machine takes its time
 
 
 class Ring(ABC):
@@ -79,8 +82,8 @@ class SystemRing(Ring):
     """A ring in POSIX shared memory.
 
     The memory loses its name as soon as the server has it open, so it vanishes with the two
-    processes, however they end. Only a server's note of a killed client's ring outlives it, until
-    the next client comes by.
+    processes, however they end. Only a server's note of a killed client's ring outlives it, and the
+    name of one that was killed before the server had it open, until the next client comes by.
 
     Raises:
         OSError: There is no such memory here, or not enough.
@@ -96,6 +99,7 @@ class SystemRing(Ring):
     ) -> None:
         super().__init__(client, slots, lr_shape, hr_shape)
         self._stride = -(-(self._lr_bytes + self._hr_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        remove_leftovers()
         path = SHARED_FOLDER / self._name
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -134,6 +138,19 @@ class SystemRing(Ring):
 def forget_the_dead(names: Iterable[str], unregister: Callable[..., None]) -> None:
     """Have a server on this machine let go of rings whose clients were killed."""
     for name in list(names):
-        prefix, _, process = name.rpartition("-")[0].rpartition("-")
-        if prefix == NAME_PREFIX and process.isdecimal() and not Path("/proc", process).exists():
+        if _is_dead(name):
             unregister(name, client_timeout=TELL_TIMEOUT_S)
+
+
+def remove_leftovers() -> None:
+    """Free the memory of clients that were killed while they set up their ring."""
+    for path in SHARED_FOLDER.glob(f"{NAME_PREFIX}-*"):
+        # Processes of another container have no entry in our /proc; theirs lose their name in a moment.
+        with suppress(OSError):
+            if _is_dead(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
+                path.unlink()
+
+
+def _is_dead(name: str) -> bool:
+    prefix, _, process = name.rpartition("-")[0].rpartition("-")
+    return prefix == NAME_PREFIX and process.isdecimal() and not Path("/proc", process).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -64,11 +65,12 @@ def test_http_port_of_the_server(toy_server, tmp_path):
     assert "found HTTP: give Triton's gRPC port" in result.output
 
 
-def shared_memory(server):
-    """Names of the regions that clients have registered, and of those that lie about on this machine."""
+def shared_memory(server, process=None):
+    """Names of the regions that clients have registered, and of those of a process that lie about here."""
     with grpcclient.InferenceServerClient(server.grpc_url) as client:
         registered = client.get_system_shared_memory_status().regions
-    return [*registered, *(path.name for path in Path("/dev/shm").glob("vsr-upscale-*"))]
+    lying_about = Path("/dev/shm").glob(f"vsr-upscale-{process or os.getpid()}-*")
+    return [*registered, *(path.name for path in lying_about)]
 
 
 def test_shared_memory_of_a_killed_client_is_let_go(toy_server, tmp_path):
@@ -80,7 +82,7 @@ def test_shared_memory_of_a_killed_client_is_let_go(toy_server, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert len(shared_memory(toy_server)) == 1  # the server's note of it; the name is gone
+    assert len(shared_memory(toy_server, process.pid)) == 1  # the server's note of it; the name is gone
     result = run_client(clip, tmp_path / "out.mkv", "--url", toy_server.grpc_url, *LOSSLESS)
     assert result.exit_code == 0, result.output
     assert shared_memory(toy_server) == []

@@ -1,5 +1,6 @@
 """The ladder of transports, its CUDA rung against a stand-in for the GPU."""
 
+import os
 import sys
 
 import numpy as np
@@ -149,6 +150,18 @@ def test_rings_of_killed_clients_are_let_go(triton, server):
     triton.cuda_names.update((dead, living))
     server.share_memory(SHAPE)
     assert dead not in triton.cuda_names and living in triton.cuda_names
+
+
+def test_what_killed_clients_left_in_memory_is_removed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("shared.SHARED_FOLDER", tmp_path)
+    dead, fresh = tmp_path / "vsr-upscale-999999999-ab", tmp_path / "vsr-upscale-999999999-cd"
+    living, other = tmp_path / f"vsr-upscale-{os.getpid()}-ab", tmp_path / "somebody-else"
+    for path in (dead, fresh, living, other):
+        path.touch()
+        if path is not fresh:
+            os.utime(path, (0, 0))
+    server.share_memory(SHAPE, "system")
+    assert set(tmp_path.iterdir()) == {fresh, living, other}
 
 
 def test_memory_is_freed_only_when_no_answer_can_come(cuda, triton, server):
