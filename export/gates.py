@@ -6,28 +6,26 @@ import json
 import logging
 import time
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from skimage.registration import optical_flow_ilk
 
 from export import spec
 from export.errors import ExportError
 from export.parity import REPORT, TOLERANCES
 from export.sample import Frames, reduced_windows, sample_windows
-from export.training.metrics import luma, psnr_y
+from export.training.flicker import flows, tof
+from export.training.metrics import psnr_y
 
 log = logging.getLogger(__name__)
 
 FIRST, FRAMES = 130, 6  # of the sample clip; calibration ends before
 SPEED_SIZE: spec.Size = (180, 320)  # lr; a usual one, large enough that arithmetic decides and not overhead
 SPEED_ROUNDS = 7  # of both generators in turn, so that a busy machine slows both
-FLOW_WARPS = 3  # of the optical flow estimate; ten agree within 2 % and take three times as long
 
 Feeds = dict[str, NDArray[np.uint8] | NDArray[np.float16] | NDArray[np.float32]]
 
@@ -114,8 +112,8 @@ def judge_generator(
     parent_frames = _upscale(lr_windows, sessions)
     frames = _upscale(lr_windows, {**sessions, spec.GENERATOR.name: child})
     parent_psnr, psnr = (_mean_psnr(images, truth) for images in (parent_frames, frames))
-    true_flows = _flows(truth)
-    parent_tof, tof = (_tof(images, true_flows) for images in (parent_frames, frames))
+    true_flows = flows(truth)
+    parent_tof_px, tof_px = (tof(images, true_flows) for images in (parent_frames, frames))
     parent_ms = ms = None
     if judge_speed and limits.speedup:
         feeds = _generator_feeds(sample_windows(1, SPEED_SIZE), sessions[spec.FLOW_ALIGN.name])
@@ -124,7 +122,7 @@ def judge_generator(
         stage=spec.GENERATOR.name, rung=rung, parent=parent_rung, frames=len(frames),
         psnr_db=psnr, psnr_loss_db=parent_psnr - psnr,
         max_error=float(np.abs(frames.astype(int) - parent_frames).max()),
-        tof_px=tof, tof_gain_px=tof - parent_tof,
+        tof_px=tof_px, tof_gain_px=tof_px - parent_tof_px,
         ms=ms, speedup=None if parent_ms is None or ms is None else parent_ms / ms, limits=limits,
     )  # fmt: skip
 
@@ -186,19 +184,6 @@ def _upscale(lr_windows: Frames, sessions: Mapping[str, ort.InferenceSession]) -
 
 def _mean_psnr(frames: Frames, truth: Frames) -> float:
     return float(np.mean([psnr_y(image, true) for image, true in zip(frames, truth, strict=True)]))
-
-
-def _flows(frames: Frames) -> list[NDArray[np.float32]]:
-    """Optical flow between consecutive frames, by an estimator that has nothing to do with our network."""
-    greys = [(luma(frame) / 255).astype(np.float32) for frame in frames]
-    return [optical_flow_ilk(a, b, num_warp=FLOW_WARPS, dtype=np.float32) for a, b in pairwise(greys)]
-
-
-def _tof(frames: Frames, true_flows: Iterable[NDArray[np.float32]]) -> float:
-    """TecoGAN's temporal metric (Chu et al. 2020, section 5): mean error of the flow, hr pixels."""
-    return float(
-        np.mean([np.abs(found - true).mean() for found, true in zip(_flows(frames), true_flows, strict=True)])
-    )
 
 
 def _medians_ms(sessions: Sequence[ort.InferenceSession], feeds: Feeds) -> list[float]:

@@ -16,6 +16,7 @@ from tiny_network import run_build
 from export import gates, onnx_export, rungs, spec
 from export.gates import Verdict, judge_generator
 from export.onnx_export import stage_path
+from export.training.flicker import flows, tof
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def test_flicker_is_seen_where_single_frames_are_as_good(stages: dict[str, Path]
     _, truth = gates.reduced_windows(gates.FIRST, 4)
     shaken = truth.copy()
     shaken[1::2] = np.roll(shaken[1::2], 1, axis=2)
-    assert gates._tof(truth, gates._flows(truth)) == 0
-    assert gates._tof(shaken, gates._flows(truth)) > 0.2
+    assert tof(truth, flows(truth)) == 0
+    assert tof(shaken, flows(truth)) > 0.2
 
 
 def test_a_good_build_reports_and_serves_int8(built: Path) -> None:
