@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
+from datetime import date
 from pathlib import Path
 
 import click
 
 from export.errors import ExportError
 from export.folders import BUILD
+
+log = logging.getLogger(__name__)
 
 # They import what they need when they run, so that --help needs no torch.
 
@@ -72,35 +76,84 @@ def train(
 
 
 @click.command()
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of videos.")
+@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of footage.")
 @click.option(
-    "--validation",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="Text file naming the clips.",
-)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; by default the project's own.")
+    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
+    help="Text file naming the clips, one a line.",
+)  # fmt: skip
+@click.option(
+    "--checkpoint", "checkpoints", type=click.Path(path_type=Path), multiple=True,
+    help="Weights; repeat it to compare several. By default the project's own.",
+)  # fmt: skip
 @click.option("--segments", default=4, help="Per clip, of seven frames each, evenly spread.")
+@click.option("--degradation", default="bi", help="How lr frames are made: bi, bd or real.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Folder with the weights of LPIPS (squeeze v0.1)."
+)
+@click.option("--tof/--no-tof", default=True, help="Flicker, tOF: slow.")
+@click.option("--vmaf/--no-vmaf", default=True, help="VMAF.")
+@click.option(
+    "--log", "logs", type=click.Path(path_type=Path), multiple=True,
+    help="log.csv of a training run, to be drawn as curves.",
+)  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=BUILD / "evaluation", help="Tables and pictures."
 )
 def evaluate(
-    clips: Path, validation: Path, checkpoint: Path | None, segments: int, cache: Path, out: Path
-) -> None:
-    """Score a checkpoint beside bicubic: a table, its JSON, and a picture per clip."""
+    clips: Path, validation: Path, checkpoints: tuple[Path, ...], segments: int, degradation: str,
+    weights: Path | None, tof: bool, vmaf: bool, logs: tuple[Path, ...], cache: Path, out: Path,
+) -> None:  # fmt: skip
+    """Score checkpoints beside bicubic: tables, their JSON, a picture per clip, and training curves."""
+    import torch
+    from rich.progress import Progress
+
     from export.checkpoint import DEFAULT, load_checkpoint
     from export.training import evaluation
+    from export.training.curves import draw_curves
     from export.training.footage import load_folder
+    from export.training.lpips import NAME, load_lpips
     from export.training.pictures import CROP
+    from export.training.tables import markdown
+    from export.training.vmaf import PACKAGE, has_vmaf
 
-    network = load_checkpoint(checkpoint or DEFAULT)
+    if segments < 1:
+        raise ExportError(f"expected --segments of at least 1, found {segments}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = checkpoints or (DEFAULT,)
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    networks = {name: load_checkpoint(path).to(device) for name, path in zip(names, paths, strict=True)}
+    if len(networks) < len(paths):
+        raise ExportError(f"expected checkpoints of different names, found {', '.join(names)}; rename one")
+    if not weights:
+        log.warning("%s is left out: pass --weights FOLDER to measure it", NAME)
+    if vmaf and not has_vmaf():
+        log.warning("VMAF is left out: it needs the package %s (pip install -e .[evaluate])", PACKAGE)
+    instruments = evaluation.Instruments(
+        load_lpips(weights).to(device) if weights else None, tof, vmaf and has_vmaf()
+    )
     footage = load_folder(clips, cache, min_side=max(CROP) + 1, names=validation.read_text().split())
     out.mkdir(parents=True, exist_ok=True)
-    scores = evaluation.evaluate(network, footage, segments)
-    table = evaluation.markdown(scores)
-    (out / "scores.md").write_text(table + "\n")
-    (out / "scores.json").write_text(json.dumps(evaluation.as_json(scores), indent=2) + "\n")
-    for clip in footage:
-        evaluation.illustrate(network, clip, out / f"{Path(clip.name).stem}.png")
-    click.echo(table)
+    with Progress() as progress:
+        total = sum(len(evaluation.chosen_segments(clip, segments)) for clip in footage)
+        task = progress.add_task("scoring", total=total)
+        scores = evaluation.evaluate_all(
+            networks, footage, segments, instruments,
+            degradation=degradation, on_segment=lambda: progress.advance(task),
+        )  # fmt: skip
+        for clip in progress.track(footage, description="drawing"):
+            evaluation.illustrate(networks, clip, out / f"{Path(clip.name).stem}.png", degradation)
+    tables = markdown(scores)
+    conditions = {
+        "date": date.today().isoformat(), "degradation": degradation, "segments": segments,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }  # fmt: skip
+    (out / "scores.md").write_text(tables + "\n")
+    report = {**conditions, "scores": evaluation.as_json(scores)}
+    (out / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
+    if logs:
+        draw_curves(logs, out / "curves.png")
+    click.echo(tables)

@@ -1,39 +1,76 @@
-"""Scores of a network beside bicubic's, per clip, on footage it was not trained on."""
+"""Scores of networks beside bicubic's, per clip, on footage they were not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from export.network import MstGan, PixelShuffle
 from export.network.bicubic import BicubicSubpixels
 from export.spec import CHANNELS, MULTIPLE_OF, SCALE, WINDOW
+from export.training.degradations import degrade
+from export.training.flicker import flows, tof
 from export.training.footage import Clip
+from export.training.lpips import Lpips
 from export.training.metrics import psnr_y, ssim_y
 from export.training.pictures import Frame, compare, lossiest_crop
-from export.training.windows import downscale
+from export.training.vmaf import vmaf
 
 Upscale = Callable[[Tensor], Tensor]
 """(1, 3, H, W, 3) uint8 -> (1, 4H, 4W, 3) uint8."""
 
+MARGIN = WINDOW // 2
+MOVING_LEVELS = 8  # grey levels between a frame's neighbours, from which a pixel counts as moving
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What is measured besides PSNR-Y and SSIM-Y."""
+
+    lpips: Lpips | None = None
+    """LPIPS (squeeze v0.1)."""
+    flicker: bool = False
+    """tOF: takes longer than all the rest together."""
+    vmaf: bool = False
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Means over the frames of one clip, or over clips; None where an instrument was left out."""
+
+    psnr_y_db: float
+    ssim_y: float
+    lpips: float | None = None
+    tof_px: float | None = None
+    vmaf: float | None = None
+
 
 @dataclass(frozen=True)
 class Score:
-    """Means over the frames of one clip, or over clips."""
+    """One network on one clip, or on the mean of clips."""
 
     clip: str
     frames: int
-    psnr_y_db: float
-    ssim_y: float
-    bicubic_psnr_y_db: float
-    bicubic_ssim_y: float
+    network: Measures
+    bicubic: Measures
     single_psnr_y_db: float
     """The same network with the centre frame in its neighbours' place: what one frame alone would give."""
+
+    @property
+    def psnr_y_db(self) -> float:
+        """PSNR-Y of the network."""
+        return self.network.psnr_y_db
+
+    @property
+    def bicubic_psnr_y_db(self) -> float:
+        """PSNR-Y of bicubic."""
+        return self.bicubic.psnr_y_db
 
     @property
     def gain_db(self) -> float:
@@ -41,90 +78,162 @@ class Score:
         return self.psnr_y_db - self.bicubic_psnr_y_db
 
 
+@dataclass
+class _Segment:
+    """Consecutive windows of one clip and their truth."""
+
+    lr_windows: list[Tensor]
+    """(1, 3, H, W, 3) uint8 each."""
+    truth: list[Frame]
+    """(4H, 4W, 3) uint8 each."""
+    moving: list[NDArray[np.bool_]]
+    """(4H, 4W) each: where the frames before and after differ."""
+    true_flows: list[NDArray[np.float32]] = field(default_factory=list)
+
+
 def bicubic(lr_window: Tensor) -> Tensor:
     """The centre frame upscaled by Keys' cubic: what every score is compared with."""
-    centre = lr_window[:, WINDOW // 2].permute(0, 3, 1, 2).float() / 255
+    centre = lr_window[:, MARGIN].permute(0, 3, 1, 2).float() / 255
     return PixelShuffle()(BicubicSubpixels(CHANNELS, SCALE)(centre))
 
 
-def pairs(clip: Clip, segments: int) -> Iterator[tuple[Tensor, Frame]]:
-    """Whole-frame windows and their truth, from evenly spread segments.
+def single(network: Upscale) -> Upscale:
+    """The same network, given one frame alone: three times the centre of its window."""
+    return lambda lr_window: network(lr_window[:, MARGIN : MARGIN + 1].expand(-1, WINDOW, -1, -1, -1))
 
-    Yields:
-        (1, 3, H, W, 3) uint8 window and (4H, 4W, 3) uint8 truth of its centre frame.
-    """
+
+def chosen_segments(clip: Clip, segments: int) -> list[int]:
+    """Which segments of a clip are scored: evenly spread, at most as many as there are."""
+    return np.unique(np.linspace(0, len(clip.segments) - 1, segments).round().astype(int)).tolist()
+
+
+def _segments(clip: Clip, segments: int, degradation: str) -> Iterator[_Segment]:
     granule = SCALE * MULTIPLE_OF
-    chosen = np.unique(np.linspace(0, clip.segments.shape[0] - 1, segments).round().astype(int))
-    for index in chosen:
-        height, width = (side // granule * granule for side in clip.segments.shape[2:4])
-        hr = torch.from_numpy(np.array(clip.segments[index, :, :height, :width]))
-        lr = downscale(hr.permute(0, 3, 1, 2).float() / 255)
+    height, width = (side // granule * granule for side in clip.segments.shape[2:4])
+    for index in chosen_segments(clip, segments):
+        hr = np.array(clip.segments[index, :, :height, :width])
+        images = torch.from_numpy(hr).permute(0, 3, 1, 2).float()[None] / 255
+        lr = degrade(degradation, images, np.random.default_rng(index))[0]
         lr_frames = (lr * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        for centre in range(WINDOW // 2, len(hr) - WINDOW // 2):
-            around = slice(centre - WINDOW // 2, centre + WINDOW // 2 + 1)
-            yield lr_frames[around].unsqueeze(0), hr[centre].numpy()
+        centres = range(MARGIN, len(hr) - MARGIN)
+        change = [np.abs(hr[t + 1].astype(np.int16) - hr[t - 1]).mean(2) for t in centres]
+        yield _Segment(
+            [lr_frames[t - MARGIN : t + MARGIN + 1].unsqueeze(0) for t in centres],
+            [hr[t] for t in centres],
+            [levels > MOVING_LEVELS for levels in change],
+        )
 
 
 @torch.inference_mode()
-def _upscale(upscale: Upscale, lr_window: Tensor) -> Frame:
-    return upscale(lr_window)[0].cpu().numpy()
+def _answers(upscale: Upscale, segment: _Segment, device: torch.device) -> list[Frame]:
+    return [upscale(lr_window.to(device))[0].cpu().numpy() for lr_window in segment.lr_windows]
 
 
-def evaluate(network: MstGan, clips: Sequence[Clip], segments: int) -> list[Score]:
-    """Score each clip on evenly spread segments."""
-    device = next(network.parameters()).device
-    scores = []
+def _measure(answers: list[Frame], segment: _Segment, instruments: Instruments) -> Measures:
+    pairs = list(zip(answers, segment.truth, strict=True))
+    lpips = instruments.lpips
+    return Measures(
+        float(np.mean([psnr_y(image, truth) for image, truth in pairs])),
+        float(np.mean([ssim_y(image, truth) for image, truth in pairs])),
+        float(np.mean([lpips.of_frames(image, truth) for image, truth in pairs])) if lpips else None,
+        tof(answers, segment.true_flows) if instruments.flicker else None,
+        vmaf(answers, segment.truth) if instruments.vmaf else None,
+    )
+
+
+def _average(measures: Sequence[Measures]) -> Measures:
+    def average(name: str) -> float | None:
+        values = [getattr(m, name) for m in measures]
+        return None if None in values else float(np.mean(values))
+
+    return Measures(**{f.name: average(f.name) for f in fields(Measures)})  # type: ignore[arg-type]
+
+
+def evaluate_all(
+    networks: Mapping[str, MstGan],
+    clips: Sequence[Clip],
+    segments: int,
+    instruments: Instruments | None = None,
+    *,
+    degradation: str = "bi",
+    on_segment: Callable[[], None] = lambda: None,
+) -> dict[str, list[Score]]:
+    """Score networks on the same frames.
+
+    Args:
+        networks: by name; in evaluation mode, all on one device.
+        clips: footage, none of it trained on.
+        segments: per clip, evenly spread.
+        instruments: what is measured besides PSNR-Y and SSIM-Y.
+        degradation: how lr frames are made.
+        on_segment: called after each segment.
+
+    Returns:
+        Per network one score per clip, in order.
+    """
+    instruments = instruments or Instruments()
+    device = next(next(iter(networks.values())).parameters()).device
+    scores: dict[str, list[Score]] = {name: [] for name in networks}
     for clip in clips:
-        rows = []
-        for lr_window, truth in pairs(clip, segments):
-            lr_window = lr_window.to(device)
-            single = lr_window[:, WINDOW // 2 : WINDOW // 2 + 1].expand(-1, WINDOW, -1, -1, -1)
-            ours, one_frame = _upscale(network, lr_window), _upscale(network, single)
-            enlarged = _upscale(bicubic, lr_window)
-            rows.append(
-                (
-                    psnr_y(ours, truth),
-                    ssim_y(ours, truth),
-                    psnr_y(enlarged, truth),
-                    ssim_y(enlarged, truth),
-                    psnr_y(one_frame, truth),
+        frames = 0
+        enlarged: list[Measures] = []
+        ours: dict[str, list[Measures]] = {name: [] for name in networks}
+        alone: dict[str, list[Measures]] = {name: [] for name in networks}
+        for segment in _segments(clip, segments, degradation):
+            frames += len(segment.truth)
+            if instruments.flicker:
+                segment.true_flows = flows(segment.truth)
+            enlarged.append(_measure(_answers(bicubic, segment, device), segment, instruments))
+            for name, network in networks.items():
+                ours[name].append(_measure(_answers(network, segment, device), segment, instruments))
+                alone[name].append(
+                    _measure(_answers(single(network), segment, device), segment, Instruments())
                 )
-            )
-        scores.append(Score(clip.name, len(rows), *np.mean(rows, axis=0).tolist()))
+            on_segment()
+        for name in networks:
+            scores[name].append(
+                Score(
+                    clip.name, frames, _average(ours[name]), _average(enlarged),
+                    _average(alone[name]).psnr_y_db,
+                )
+            )  # fmt: skip
     return scores
 
 
-def illustrate(network: MstGan, clip: Clip, path: Path) -> None:
-    """Draw the frame of a clip, and in it the detail, where bicubic loses most: chosen before our answer."""
-    lr_window, truth = min(
-        pairs(clip, segments=1), key=lambda pair: psnr_y(_upscale(bicubic, pair[0]), pair[1])
-    )
-    enlarged = _upscale(bicubic, lr_window)
-    frames = {"bicubic": enlarged, "MST-GAN": _upscale(network, lr_window), "truth": truth}
-    compare(path, lossiest_crop(enlarged, truth), frames)
+def evaluate(
+    network: MstGan, clips: Sequence[Clip], segments: int, instruments: Instruments | None = None
+) -> list[Score]:
+    """Score one network per clip on ``bi``; as `evaluate_all`."""
+    return evaluate_all({"": network}, clips, segments, instruments)[""]
 
 
 def mean(scores: Sequence[Score]) -> Score:
     """Mean over clips, each counting the same."""
-    values = [astuple(score)[2:] for score in scores]
-    return Score("mean", sum(score.frames for score in scores), *np.mean(values, axis=0).tolist())
+    return Score(
+        "mean",
+        sum(score.frames for score in scores),
+        _average([score.network for score in scores]),
+        _average([score.bicubic for score in scores]),
+        float(np.mean([score.single_psnr_y_db for score in scores])),
+    )
 
 
-def markdown(scores: Sequence[Score]) -> str:
-    """A table for the model card."""
-    lines = [
-        "| clip | frames | bicubic PSNR-Y / SSIM-Y | PSNR-Y / SSIM-Y | over bicubic | over one frame |",
-        "|---|---|---|---|---|---|",
-    ]
-    for s in (*scores, mean(scores)):
-        lines.append(
-            f"| {s.clip} | {s.frames} | {s.bicubic_psnr_y_db:.2f} / {s.bicubic_ssim_y:.4f} "
-            f"| {s.psnr_y_db:.2f} / {s.ssim_y:.4f} | {s.gain_db:+.2f} dB "
-            f"| {s.psnr_y_db - s.single_psnr_y_db:+.2f} dB |"
-        )
-    return "\n".join(lines)
+def illustrate(networks: Mapping[str, MstGan], clip: Clip, path: Path, degradation: str = "bi") -> None:
+    """Draw bicubic, the networks and the truth on the frame of a clip where bicubic loses most.
+
+    The enlarged detail is where, among what moves, bicubic loses most: both are chosen before our answer.
+    """
+    device = next(next(iter(networks.values())).parameters()).device
+    (segment,) = _segments(clip, 1, degradation)
+    enlarged = _answers(bicubic, segment, device)
+    worst = min(range(len(enlarged)), key=lambda i: psnr_y(enlarged[i], segment.truth[i]))
+    window = _Segment([segment.lr_windows[worst]], [], [])
+    frames = {"bicubic": enlarged[worst]}
+    frames |= {name: _answers(network, window, device)[0] for name, network in networks.items()}
+    frames["truth"] = segment.truth[worst]
+    compare(path, lossiest_crop(enlarged[worst], segment.truth[worst], segment.moving[worst]), frames)
 
 
-def as_json(scores: Sequence[Score]) -> list[dict[str, object]]:
-    """Rows for a machine, the mean last."""
-    return [asdict(score) for score in (*scores, mean(scores))]
+def as_json(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[dict[str, object]]]:
+    """Per network rows for a machine, the mean last."""
+    return {name: [asdict(score) for score in (*rows, mean(rows))] for name, rows in scores.items()}

@@ -17,9 +17,17 @@ Frame = NDArray[np.uint8]
 """(H, W, 3) RGB."""
 
 
-def lossiest_crop(image: Frame, truth: Frame) -> tuple[int, int]:
-    """Top left corner of the crop in which ``image`` is furthest from the truth."""
+def lossiest_crop(image: Frame, truth: Frame, where: NDArray[np.bool_] | None = None) -> tuple[int, int]:
+    """Top left corner of the crop in which ``image`` is furthest from the truth.
+
+    Args:
+        image: compared with the truth.
+        truth: of the same size.
+        where: (H, W), the pixels that count; all of them if none does.
+    """
     error = np.abs(image.astype(np.float64) - truth).mean(2)
+    if where is not None and where.any():
+        error *= where
     sums = np.pad(error, ((1, 0), (1, 0))).cumsum(0).cumsum(1)  # integral image
     h, w = CROP
     boxes = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
