@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.errors import ExportError
 from export.spec import WINDOW
 from export.training.degradations import bi
 from export.training.footage import Clip
@@ -22,6 +23,7 @@ MAX_SHIFT = 12.0  # hr pixels per frame
 MAX_SHAKE = 0.3  # standard deviation, hr pixels
 MAX_TURN = math.radians(1.5)  # per frame
 MAX_ZOOM = 0.015  # per frame
+HELD_SHARE = 0.5  # of a GPU's free memory that footage may take; the rest is for training
 SKIP_FRAME_SHARE = 0.25  # of the windows take every second frame: larger motion
 
 
@@ -38,72 +40,191 @@ class Batch(NamedTuple):
     neighbour; (x, y) run from -1 to 1 between the frame's edges. NaN where unknown."""
 
 
+class _ClipWindow(NamedTuple):
+    """Where a window is cut from a clip, and how it is augmented."""
+
+    clip: int
+    segment: int
+    times: slice
+    y: int
+    x: int
+    mirrored: bool
+    quarter_turns: int
+    reversed: bool
+
+
+class _PhotoWindow(NamedTuple):
+    """Where a window is cut from a photo, and how a virtual camera moves over it."""
+
+    photo: int
+    side: int
+    y: int
+    x: int
+    mirrored: bool
+    quarter_turns: int
+    camera: Tensor
+    """(3, 3, 3) float32: per frame the affine map of its points to where they lie in the cut-out."""
+
+
 class WindowSampler:
-    """Draws batches of hr windows; batch ``step`` is the same however often training was resumed."""
+    """Draws batches of hr windows; batch ``step`` is the same however often training was resumed.
+
+    What is drawn does not depend on the device; only where it is cut out does.
+    """
 
     def __init__(
-        self, clips: Sequence[Clip], photos: Sequence[Clip], *, patch: int, photo_share: float, seed: int
+        self,
+        clips: Sequence[Clip],
+        photos: Sequence[Clip],
+        *,
+        patch: int,
+        photo_share: float,
+        seed: int,
+        device: torch.device | None = None,
     ) -> None:
-        """Sample ``patch`` x ``patch`` hr crops; ``photo_share`` of them from ``photos``."""
+        """Sample ``patch`` x ``patch`` hr crops; ``photo_share`` of them from ``photos``.
+
+        Args:
+            clips: footage.
+            photos: still images, may be empty.
+            patch: hr pixels a side.
+            photo_share: of the windows, drawn from ``photos`` if there are any.
+            seed: with the step, decides a batch.
+            device: hold all footage there as uint8 and give batches there, so that the device waits neither
+                for the disk nor for the host. By default footage stays on disk and batches are on the CPU.
+
+        Raises:
+            ExportError: the footage does not fit into the memory of ``device``.
+        """
         self.clips, self.photos = clips, photos
         self.patch, self.seed = patch, seed
         self.photo_share = photo_share if photos else 0.0
         # Long clips hold more, but not in proportion: their frames resemble each other.
         weights = np.sqrt([clip.segments.shape[0] for clip in clips])
         self.weights = weights / weights.sum()
+        self.device = device or torch.device("cpu")
+        self.held: dict[str, list[Tensor]] = {}
+        if device:
+            _require_room([*clips, *photos], device)
+            self.held = {
+                kind: [torch.from_numpy(np.array(source.segments)).to(device) for source in sources]
+                for kind, sources in (("clips", clips), ("photos", photos))
+            }
 
     def batch(self, step: int, size: int) -> Batch:
-        """The batch of a step."""
+        """The batch of a step, on the sampler's device."""
         rng = np.random.default_rng((self.seed, step))
-        windows = [
-            self._from_photo(rng) if rng.random() < self.photo_share else self._from_clip(rng)
+        drawn = [
+            self._draw_photo(rng) if rng.random() < self.photo_share else self._draw_clip(rng)
             for _ in range(size)
         ]
-        return Batch(*(torch.stack(tensors) for tensors in zip(*windows, strict=True)))
+        windows: list[Tensor | None] = [None] * size
+        motion = torch.full((size, WINDOW - 1, 2, 3), torch.nan)
+        # Photos of a batch are moved together: on a GPU a call costs more than its arithmetic.
+        by_side: dict[int, list[int]] = {}
+        for index, window in enumerate(drawn):
+            if isinstance(window, _ClipWindow):
+                windows[index] = self._cut_clip(window)
+            else:
+                by_side.setdefault(window.side, []).append(index)
+                camera = window.camera
+                motion[index] = (torch.linalg.inv(camera[::2]) @ camera[WINDOW // 2])[:, :2]
+        for indices in by_side.values():
+            moved = self._move_photos([p for p in (drawn[i] for i in indices) if isinstance(p, _PhotoWindow)])
+            for index, window_frames in zip(indices, moved, strict=True):
+                windows[index] = window_frames
+        return Batch(torch.stack([w for w in windows if w is not None]), motion.to(self.device))
 
-    def _from_clip(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        clip = self.clips[rng.choice(len(self.clips), p=self.weights)]
-        count, length, height, width, _ = clip.segments.shape
+    def _draw_clip(self, rng: np.random.Generator) -> _ClipWindow:
+        index = int(rng.choice(len(self.clips), p=self.weights))
+        segments = self.clips[index].segments
+        count, length, height, width, _ = segments.shape
         stride = 2 if rng.random() < SKIP_FRAME_SHARE and length > 2 * (WINDOW - 1) else 1
         for _ in range(CROP_TRIES):
             segment = int(rng.integers(count))
             first = int(rng.integers(length - stride * (WINDOW - 1)))
             y, x = int(rng.integers(height - self.patch + 1)), int(rng.integers(width - self.patch + 1))
             times = slice(first, first + stride * (WINDOW - 1) + 1, stride)
-            crop = clip.segments[segment, times, y : y + self.patch, x : x + self.patch]
-            if crop[WINDOW // 2].std() > MIN_STD:
+            # On the host whatever the device, or every crop would wait for it; a sixteenth tells as much.
+            centre = segments[segment, first + stride * (WINDOW // 2)]
+            if centre[y : y + self.patch : 4, x : x + self.patch : 4].std() > MIN_STD:
                 break
-        window = _turned(torch.from_numpy(np.array(crop)), rng)
-        if rng.random() < 0.5:
-            window = window.flip(0)  # time reversal
-        return window, torch.full((WINDOW - 1, 2, 3), torch.nan)
+        mirrored, quarter_turns = _draw_turn(rng)
+        return _ClipWindow(index, segment, times, y, x, mirrored, quarter_turns, bool(rng.random() < 0.5))
 
-    def _from_photo(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _cut_clip(self, drawn: _ClipWindow) -> Tensor:
+        """(3, 3, patch, patch) float32, 0..1."""
+        area = (
+            drawn.segment,
+            drawn.times,
+            slice(drawn.y, drawn.y + self.patch),
+            slice(drawn.x, drawn.x + self.patch),
+        )
+        if self.held:
+            frames = self.held["clips"][drawn.clip][area]
+        else:
+            frames = torch.from_numpy(np.array(self.clips[drawn.clip].segments[area]))
+        window = _turned(frames, drawn.mirrored, drawn.quarter_turns)
+        return window.flip(0) if drawn.reversed else window
+
+    def _draw_photo(self, rng: np.random.Generator) -> _PhotoWindow:
         """Move a virtual camera over a photo: shift, turn and zoom at a steady rate, plus a little shake."""
-        image = self.photos[int(rng.integers(len(self.photos)))].segments[0, 0]
-        side = min(self.patch + 2 * PHOTO_MARGIN, *image.shape[:2])
-        y, x = (int(rng.integers(full - side + 1)) for full in image.shape[:2])
-        crop = torch.from_numpy(np.array(image[None, y : y + side, x : x + side]))
+        index = int(rng.integers(len(self.photos)))
+        height, width = self.photos[index].segments.shape[2:4]
+        side = min(self.patch + 2 * PHOTO_MARGIN, height, width)
+        y, x = (int(rng.integers(full - side + 1)) for full in (height, width))
         shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
         turn, zoom = rng.uniform(-MAX_TURN, MAX_TURN), rng.uniform(-MAX_ZOOM, MAX_ZOOM)
         reach = self.patch / side  # grid_sample's unit is half a side of the source
-        camera = torch.zeros(WINDOW, 3, 3)  # a point of each frame -> where it lies in the photo
-        for index in range(WINDOW):
-            t = index - WINDOW // 2
+        camera = torch.zeros(WINDOW, 3, 3)
+        for frame in range(WINDOW):
+            t = frame - WINDOW // 2
             factor = reach * math.exp(zoom * t)
             cos, sin = factor * math.cos(turn * t), factor * math.sin(turn * t)
             dx, dy = 2 * (shift * t + rng.normal(0, MAX_SHAKE, 2)) / side
-            camera[index] = torch.tensor([[cos, -sin, dx], [sin, cos, dy], [0, 0, 1]])
-        grid = F.affine_grid(camera[:, :2], [WINDOW, 3, self.patch, self.patch], align_corners=False)
-        source = _turned(crop, rng).expand(WINDOW, -1, -1, -1)
-        moved = F.grid_sample(source, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-        motion = torch.linalg.inv(camera[::2]) @ camera[WINDOW // 2]
-        return moved.clamp(0, 1), motion[:, :2]
+            camera[frame] = torch.tensor([[cos, -sin, dx], [sin, cos, dy], [0, 0, 1]])
+        return _PhotoWindow(index, side, y, x, *_draw_turn(rng), camera)
+
+    def _move_photos(self, drawn: Sequence[_PhotoWindow]) -> Tensor:
+        """(N, 3, 3, patch, patch) float32, 0..1, of photo windows of one side."""
+        sources = []
+        for photo in drawn:
+            area = (0, 0, slice(photo.y, photo.y + photo.side), slice(photo.x, photo.x + photo.side))
+            if self.held:
+                image = self.held["photos"][photo.photo][area]
+            else:
+                image = torch.from_numpy(np.array(self.photos[photo.photo].segments[area]))
+            sources.append(
+                _turned(image[None], photo.mirrored, photo.quarter_turns).expand(WINDOW, -1, -1, -1)
+            )
+        cameras = torch.cat([photo.camera[:, :2] for photo in drawn]).to(self.device)
+        grid = F.affine_grid(cameras, [len(cameras), 3, self.patch, self.patch], align_corners=False)
+        moved = F.grid_sample(
+            torch.cat(sources), grid, mode="bicubic", padding_mode="reflection", align_corners=False
+        )
+        return moved.clamp(0, 1).unflatten(0, (len(drawn), WINDOW))
 
 
-def _turned(frames: Tensor, rng: np.random.Generator) -> Tensor:
-    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32, 0..1, mirrored and turned at random."""
+def _require_room(sources: Sequence[Clip], device: torch.device) -> None:
+    """Refuse footage that would fill the memory of a GPU; the CPU's may be swapped."""
+    if device.type != "cuda":
+        return
+    needed, (free, _) = sum(source.segments.nbytes for source in sources), torch.cuda.mem_get_info(device)
+    if needed > HELD_SHARE * free:
+        raise ExportError(
+            f"expected footage of at most {HELD_SHARE * free / 1e9:.1f} GB to hold on {device}, found "
+            f"{needed / 1e9:.1f} GB; use fewer clips, or leave the footage on disk"
+        )
+
+
+def _draw_turn(rng: np.random.Generator) -> tuple[bool, int]:
+    """Whether to mirror, and how many quarter turns."""
+    return bool(rng.random() < 0.5), int(rng.integers(4))
+
+
+def _turned(frames: Tensor, mirrored: bool, quarter_turns: int) -> Tensor:
+    """(T, H, W, 3) uint8 -> (T, 3, H, W) float32, 0..1."""
     images = frames.permute(0, 3, 1, 2).float() / 255
-    if rng.random() < 0.5:
+    if mirrored:
         images = images.flip(-1)
-    return torch.rot90(images, int(rng.integers(4)), (-2, -1))
+    return torch.rot90(images, quarter_turns, (-2, -1))
