@@ -44,7 +44,7 @@ def main() -> None:
 @click.option(
     "--build", "folder", type=click.Path(path_type=Path), default=BUILD / "onnx", help="Work folder."
 )
-@click.option("--target", help="cpu, cuda or fp32; by default what this machine has.")
+@click.option("--target", help="cpu, cuda, tensorrt or fp32; by default cuda where a GPU is seen, else cpu.")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -56,11 +56,13 @@ def build(
     speed_gate: bool,
 ) -> None:  # fmt: skip
     """Checkpoint -> ONNX -> the target's precision -> parity checks -> model repository."""
-    from export import gates, parity
+    from export import gates, parity, plan_gate
     from export.checkpoint import DEFAULT, load_checkpoint
+    from export.gpus import compute_capabilities
     from export.onnx_export import export_onnx
-    from export.repository import FP32, install, write_configs
-    from export.rungs import build_rung, check_target, default_target
+    from export.plan import identity_path
+    from export.repository import FP32, TENSORRT, install, install_plans, write_configs
+    from export.rungs import build_for_tensorrt, build_plans, build_rung, check_target, default_target
     from export.sample import calibration_windows
 
     target = target or default_target()
@@ -69,12 +71,34 @@ def build(
     network = load_checkpoint(checkpoint or DEFAULT)
     paths = export_onnx(network, folder)
     parity.check(parity.compare_onnx(network, paths), folder)
-    verdicts = build_rung(target, network, paths, folder, windows, judge_speed=speed_gate)
-    gates.check(verdicts, folder)
+    if target != TENSORRT:
+        verdicts = build_rung(target, network, paths, folder, windows, judge_speed=speed_gate)
+        gates.check(verdicts, folder)
+        write_configs(repository)
+        promoted = [verdict.rung for verdict in verdicts if verdict.fast_enough]
+        served = [FP32, *promoted][-1]
+        install(folder, repository, promoted, served=served)
+        click.echo(f"{repository} serves the generator in {served}: start a server with `make serve`")
+        return
+
+    graphs = folder / TENSORRT
+    gates.check(build_for_tensorrt(network, paths, graphs, windows), folder)
+    built = build_plans(TENSORRT, graphs, graphs, paths)
+    verdicts_of_plans = plan_gate.judge_plans(
+        TENSORRT, {name: graphs / f"{name}.onnx" for name in built}, built
+    )
+    served = plan_gate.choose(verdicts_of_plans, folder, judge_speed=speed_gate)
+    chosen = {
+        name.split(".")[0]: plan for name, plan in built.items() if name.split(".")[1:] in ([], [served])
+    }
     write_configs(repository)
-    promoted = [verdict.rung for verdict in verdicts if verdict.fast_enough]
-    install(folder, repository, promoted, served=[FP32, *promoted][-1])
-    click.echo(f"{repository} is complete: start a server with `make serve`")
+    install(folder, repository)  # what GPUs without a plan fall back to, by config.pbtxt
+    identities = {model: identity_path(plan) for model, plan in chosen.items()}
+    install_plans(chosen, identities, repository, compute_capabilities()[0])
+    click.echo(
+        f"{repository} holds plans, the generator's in {served}: start a server of the same TensorRT version "
+        "with --model-config-name=tensorrt"
+    )
 
 
 @main.command()
@@ -98,9 +122,9 @@ def plans(
     """TensorRT plans of every stage, the generator in FP16 and INT8, from what build has exported."""
     from export import gates
     from export.checkpoint import DEFAULT, load_checkpoint
-    from export.onnx_export import stage_path
-    from export.plan import build_plan, check_plan, load_library, stage_profiles
-    from export.rungs import PLANS, build_for_tensorrt, check_parent
+    from export.plan import load_library
+    from export.repository import stage_path
+    from export.rungs import build_for_tensorrt, build_plans
     from export.sample import calibration_windows
     from export.spec import STAGES
 
@@ -114,13 +138,7 @@ def plans(
     if not check:
         network = load_checkpoint(checkpoint or DEFAULT)
         gates.check(build_for_tensorrt(network, stages, graphs, windows), out)
-    profiles = {stage.name: stage_profiles(stage) for stage in STAGES}
-    for name in PLANS:
-        source, plan, stage = graphs / f"{name}.onnx", out / library / f"{name}.plan", name.split(".")[0]
-        if not check:
-            build_plan(library, source, plan, profiles[stage], gpus)
-        check_plan(library, source, plan, profiles[stage], gpus)
-        check_parent(source, stages[stage])
+    for plan in build_plans(library, graphs, out / library, stages, gpus, only_check=check).values():
         click.echo(f"{plan} fits")
 
 

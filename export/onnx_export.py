@@ -13,6 +13,7 @@ from torch.export import Dim
 
 from export import spec
 from export.network import MstGan
+from export.repository import stage_path
 
 log = logging.getLogger(__name__)
 # torch's exporter warns of operators of packages that we do not use; importing torch has set its level.
@@ -20,11 +21,6 @@ logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 EXAMPLE_BATCH = 2  # any but 1, which the exporter would take for a constant
 EXAMPLE_SIZE = (36, 52)  # lr; odd multiples of 4, so that the paths for odd levels are traced
-
-
-def stage_path(folder: Path, stage: spec.ModelSpec) -> Path:
-    """Where a stage's ONNX file lies in a build folder."""
-    return folder / f"{stage.name}.onnx"
 
 
 def export_onnx(network: MstGan, folder: Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """ONNX stage in, TensorRT plan and its identity out; a plan that no longer fits its surroundings is refused.
 
-One code path for two libraries: TensorRT, which builds on the GPU that will run the plan, and TensorRT-RTX,
-which builds ahead of time without any. Precision comes from the graph (strongly typed).
+One code path, through Polygraphy, for two libraries: TensorRT, which builds on the GPU that will run the
+plan, and TensorRT-RTX, which builds ahead of time without any. Precision comes from the graph.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from export import spec
 from export.errors import ExportError
 from export.gpus import compute_capabilities
-from export.repository import sha256
+from export.repository import parent_digest, sha256
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ INSTALL = {
     "tensorrt": "use NVIDIA's container, or install TensorRT from NVIDIA's package index",
     "tensorrt_rtx": "run `pip install -e '.[rtx]'`",
 }
+
+NODE = re.compile(r"In node -?\d+ with name: (.*) and operator: (\S+) \(.*?\): (.+)")
+"""How both libraries' parsers name a node that they refuse."""
 
 Profile = Mapping[str, Sequence[tuple[int, ...]]]
 """Input tensor -> min, opt and max shape."""
@@ -43,28 +48,21 @@ class Identity:
     gpus: list[str]
     """Compute capabilities such as ``8.6``; ``portable`` for what the library targets by default."""
     onnx_sha256: str
-    profiles: list[dict[str, list[list[int]]]]
+    fp32_sha256: str
+    """Of the FP32 graph that the ONNX file was converted from; empty where that does not say."""
+    profile: dict[str, list[list[int]]]
 
 
-def stage_profiles(
+def stage_profile(
     stage: spec.ModelSpec,
     batches: Sequence[int] = spec.BATCHES,
     lr_sizes: Sequence[spec.Size] = spec.LR_SIZES,
-) -> list[Profile]:
-    """Shapes of a stage's inputs to build for.
-
-    One profile over all sizes; for the flow one per size, each over all batches: TensorRT-RTX 1.7 cannot tell
-    that the flow's pyramid, padded to a multiple of 16, keeps its sides whole, and refuses a range of sizes
-    ("Resize shape dims should be non-negative").
-    """
-    ranges = [(size,) * len(batches) for size in lr_sizes] if stage == spec.FLOW_ALIGN else [tuple(lr_sizes)]
-    return [
-        {
-            tensor.name: [tensor.shape(batch, size) for batch, size in zip(batches, sizes, strict=True)]
-            for tensor in stage.inputs
-        }
-        for sizes in ranges
-    ]
+) -> Profile:
+    """Min, opt and max shape of a stage's inputs: one profile, so that any size between is served by it."""
+    return {
+        tensor.name: [tensor.shape(batch, size) for batch, size in zip(batches, lr_sizes, strict=True)]
+        for tensor in stage.inputs
+    }
 
 
 def load_library(name: str) -> ModuleType:
@@ -78,16 +76,18 @@ def load_library(name: str) -> ModuleType:
 
 
 def build_plan(
-    library: str, source: Path, plan: Path, profiles: Sequence[Profile], gpus: Sequence[str] = ()
-) -> None:
+    library: str, source: Path, plan: Path, profile: Profile, gpus: Sequence[str] = (),
+    timing_cache: Path | None = None,
+) -> None:  # fmt: skip
     """Compile an ONNX file.
 
     Args:
-        library: one of ``LIBRARIES``.
+        library: one of ``LIBRARIES``; a process compiles with one of them.
         source: ONNX file, from ``tensorrt_graph``.
         plan: where the plan goes, and its identity beside it; both change only once both are complete.
-        profiles: shapes to build for.
+        profile: shapes to build for.
         gpus: compute capabilities, for TensorRT-RTX; by default those it targets together.
+        timing_cache: file to read kernel timings from and add new ones to, so that the next build is quicker.
 
     Raises:
         ExportError: the library is missing, an operator is refused (the text names the node), or the build
@@ -95,37 +95,32 @@ def build_plan(
     """
     targets = _targets(library, gpus)
     trt = load_library(library)
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(source.read_bytes()):
-        refused = [parser.get_error(index) for index in range(parser.num_errors)]
-        nodes = "; ".join(
-            f"{error.node_operator()} {error.node_name()!r}: {error.desc().splitlines()[0]}"
-            for error in refused
+    capabilities = [_compute_capability(trt, gpu) for gpu in gpus]
+    point_polygraphy_at(library, trt)
+    from polygraphy.backend import trt as backend
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+    shapes = backend.Profile()
+    for name, (least, usual, most) in profile.items():
+        shapes.add(name, least, usual, most)
+    cache = None if timing_cache is None else str(timing_cache)
+    known = cache if timing_cache is not None and timing_cache.is_file() else None
+    if library == "tensorrt":
+        config = backend.CreateConfig(profiles=[shapes], load_timing_cache=known)
+    else:
+        config = CreateConfigRTX(
+            profiles=[shapes], load_timing_cache=known, compute_capabilities=capabilities or None
         )
-        raise ExportError(f"{source}: {library} {trt.__version__} refuses {nodes}; express it otherwise")
-
-    config = builder.create_builder_config()
-    if gpus:
-        config.num_compute_capabilities = len(gpus)
-        for index, gpu in enumerate(gpus):
-            config.set_compute_capability(_compute_capability(trt, gpu), index)
-    for profile in profiles:
-        shapes = builder.create_optimization_profile()
-        for name, (least, usual, most) in profile.items():
-            shapes.set_shape(name, least, usual, most)
-        config.add_optimization_profile(shapes)
-    log.info("building %s from %s", plan, source)
-    data = builder.build_serialized_network(network, config)
-    if data is None:
-        raise ExportError(f"{source}: {library} {trt.__version__} builds no plan: {'; '.join(logger.errors)}")
-
-    identity = _identity(trt, library, source, profiles, targets)
     plan.parent.mkdir(parents=True, exist_ok=True)
+    log.info("building %s from %s", plan, source)
+    with _said(f"{source}: {library} {trt.__version__} refuses {{}}; express it otherwise"):
+        network = backend.network_from_onnx_path(str(source), strongly_typed=True)
+    with _said(f"{source}: {library} {trt.__version__} builds no plan: {{}}"):
+        data = bytes(backend.engine_bytes_from_network(network, config, save_timing_cache=cache))
+
+    identity = _identity(trt, library, source, profile, targets)
     parts = {
-        plan: bytes(data),
+        plan: data,
         identity_path(plan): (json.dumps(asdict(identity), indent=2) + "\n").encode(),
     }
     for path, content in parts.items():
@@ -134,15 +129,32 @@ def build_plan(
         os.replace(path.with_name(f"{path.name}.part"), path)
 
 
-def check_plan(
-    library: str, source: Path, plan: Path, profiles: Sequence[Profile], gpus: Sequence[str] = ()
-) -> None:
+def point_polygraphy_at(library: str, module: ModuleType) -> None:
+    """Make Polygraphy use a library; it decides once, when its own modules are imported.
+
+    Raises:
+        ExportError: it has decided for the other one in this process.
+    """
+    from polygraphy import config
+
+    rtx = library == "tensorrt_rtx"
+    if "polygraphy.backend.trt.loader" in sys.modules and rtx != config.USE_TENSORRT_RTX:
+        raise ExportError(f"expected one library per process, found {library} after another; start anew")
+    config.USE_TENSORRT_RTX = rtx
+    sys.modules.setdefault(
+        library, module
+    )  # PyPI has RTX's bindings under a name that Polygraphy does not know
+
+
+def check_plan(library: str, source: Path, plan: Path, profile: Profile, gpus: Sequence[str] = ()) -> None:
     """Refuse a plan that was built from something else, for something else or by something else.
 
     Raises:
         ExportError: what differs, and how to rebuild.
     """
     rebuild = f"rebuild it with `python -m export plans --library {library}`"
+    if library == "tensorrt":
+        rebuild = "rebuild it with `make export TARGET=tensorrt`"
     path = identity_path(plan)
     if not plan.is_file() or not path.is_file():
         raise ExportError(f"expected a plan at {plan} and its identity at {path}, found none; {rebuild}")
@@ -150,7 +162,7 @@ def check_plan(
         found = Identity(**json.loads(path.read_text()))
     except (ValueError, TypeError) as err:
         raise ExportError(f"expected the identity of a plan in {path}, found {err}; {rebuild}") from err
-    wanted = _identity(load_library(library), library, source, profiles, _targets(library, gpus))
+    wanted = _identity(load_library(library), library, source, profile, _targets(library, gpus))
     for name, value in asdict(wanted).items():
         if getattr(found, name) != value:
             raise ExportError(f"{plan}: expected {name} {value}, found {getattr(found, name)}; {rebuild}")
@@ -161,18 +173,14 @@ def identity_path(plan: Path) -> Path:
     return plan.with_name(f"{plan.name}.json")
 
 
-def _identity(
-    trt: ModuleType, library: str, source: Path, profiles: Sequence[Profile], gpus: Sequence[str]
-) -> Identity:
+def _identity(trt: ModuleType, library: str, source: Path, profile: Profile, gpus: Sequence[str]) -> Identity:
     return Identity(
         library=library,
         version=trt.__version__,
         gpus=list(gpus),
         onnx_sha256=sha256(source),
-        profiles=[
-            {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
-            for profile in profiles
-        ],
+        fp32_sha256=parent_digest(source),
+        profile={name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
     )
 
 
@@ -193,27 +201,35 @@ def _targets(library: str, gpus: Sequence[str]) -> list[str]:
     return here
 
 
-def _compute_capability(trt: ModuleType, gpu: str) -> Any:
-    known = {
-        f"{name[2:-1]}.{name[-1]}": getattr(trt.ComputeCapability, name)
-        for name in dir(trt.ComputeCapability)
-        if name.startswith("SM")
-    }
+def _compute_capability(trt: ModuleType, gpu: str) -> tuple[int, int]:
+    known = [f"{n[2:-1]}.{n[-1]}" for n in dir(trt.ComputeCapability) if n.startswith("SM")]
     if gpu not in known:
         raise ExportError(f"expected a compute capability of {', '.join(known)}, found {gpu!r}")
-    return known[gpu]
+    major, minor = gpu.split(".")
+    return int(major), int(minor)
 
 
-def _logger(trt: ModuleType) -> Any:
-    """A logger that keeps errors for our own message; a class of the library, so made when it is there."""
+@contextmanager
+def _said(error: str) -> Iterator[None]:
+    """Turn Polygraphy's failure into ours, whose ``{}`` is what the library had logged by then."""
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
 
-    class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # pybind11 wants its own base named
-            self.errors: list[str] = []
+    messages: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(" ".join(record.getMessage().removeprefix("[E] ").split()))
 
-    return Logger()
+    handler, logger = Keep(logging.ERROR), logging.getLogger("Polygraphy")
+    G_LOGGER.use_python_logging_system = True
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    except PolygraphyException as err:
+        # Of a refusal the parser says in several lines where it was, and in one which node and why.
+        nodes = [NODE.sub(r"\2 '\1': \3", text) for text in messages if NODE.match(text)]
+        raise ExportError(error.replace("{}", "; ".join(nodes or messages[:-1]) or str(err))) from err
+    finally:
+        logger.removeHandler(handler)

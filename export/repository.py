@@ -27,15 +27,24 @@ BANNER = "# Generated from export/spec.py by `python -m export repository`; edit
 # GPU, so a few of waiting cost little latency, and decoder jitter between a client's windows is about that.
 MAX_QUEUE_DELAY_US = 3000
 
-# Batches that every instance runs before the server reports ready, so that no client pays for kernels and
-# memory pools. The frame is the smallest one served: a CPU server warms up six instances before it starts.
-WARMUP_BATCHES = tuple(sorted({spec.BATCHES[0], spec.MAX_BATCH}))
-WARMUP_SIZE = spec.LR_SIZES[0]
+# What every instance runs before the server reports ready, so that no client pays for kernels and memory
+# pools. The frame is the smallest one served: a CPU server warms up six instances before it starts.
+ONNX_WARMUPS = [(batch, spec.LR_SIZES[0]) for batch in sorted({spec.BATCHES[0], spec.MAX_BATCH})]
+
+# What TensorRT plans are recorded for as CUDA graphs, and warmed up on: by itself Triton would record the
+# profile's usual size alone. A graph serves its own batch and size and no other. `graph_lower_bound` would
+# let it stand in for smaller ones, padded with whatever lies in memory: harmless in the batch, where every
+# number has its own graph anyway, but in height and width the convolutions would draw it into the frame.
+GRAPHS = [(batch, size) for size in spec.LR_SIZES for batch in range(spec.BATCHES[0], spec.MAX_BATCH + 1)]
+
+COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
+"""GPUs that one repository can hold a plan for, each under a name of its own."""
+PLAN_FILE = "model.plan"  # what Triton looks for on a GPU that is not among them
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``tritonserver --model-config-name`` can choose in place of ``config.pbtxt``."""
+    """What ``tritonserver --model-config-name`` can choose of ONNX files in place of ``config.pbtxt``."""
 
     kind: pb.ModelInstanceGroup.Kind.ValueType
     """Device of the instances; ``KIND_AUTO`` is a GPU where Triton sees one, else the CPU."""
@@ -48,6 +57,7 @@ CHOICES = {
     "cuda": Choice(pb.ModelInstanceGroup.KIND_GPU, FP16),
     "fp32": Choice(pb.ModelInstanceGroup.KIND_AUTO, FP32),
 }
+TENSORRT = "tensorrt"  # the choice of plans in place of ONNX files
 
 ONNX_TYPES = {
     "UINT8": onnx.TensorProto.UINT8,
@@ -65,6 +75,7 @@ def config_files() -> dict[str, pb.ModelConfig]:
             config = _stage_config(stage, choice)
             if config != default:  # Triton falls back to config.pbtxt
                 files[f"{stage.name}/configs/{name}.pbtxt"] = config
+        files[f"{stage.name}/configs/{TENSORRT}.pbtxt"] = _plan_config(stage)
     files[f"{spec.ENSEMBLE.name}/config.pbtxt"] = _ensemble_config()
     return files
 
@@ -91,14 +102,29 @@ def rung_file(rung: str) -> str:
     return f"model.{rung}.onnx"
 
 
+def plan_file(compute_capability: str) -> str:
+    """Name of the plan for one kind of GPU in the repository; ``8.9`` -> ``model.sm89.plan``."""
+    return f"model.sm{compute_capability.replace('.', '')}.plan"
+
+
+def stage_path(build: Path, stage: spec.ModelSpec, rung: str = FP32) -> Path:
+    """Where a stage's ONNX file lies in a build folder; FP32 goes unnamed, for every stage has it."""
+    return build / (f"{stage.name}.onnx" if rung == FP32 else f"{stage.name}.{rung}.onnx")
+
+
 def rung_path(build: Path, rung: str) -> Path:
     """Where a generator of one precision lies in a build folder."""
-    return build / (f"{spec.GENERATOR.name}.onnx" if rung == FP32 else f"{spec.GENERATOR.name}.{rung}.onnx")
+    return stage_path(build, spec.GENERATOR, rung)
 
 
 def sha256(path: Path) -> str:
     """Digest of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def parent_digest(path: Path) -> str:
+    """Digest of the FP32 graph that a graph says it was converted from; empty where it does not say."""
+    return next((p.value for p in onnx.load(path).metadata_props if p.key == PARENT_KEY), "")
 
 
 def install(build: Path, repository: Path, rungs: Sequence[str] = (), served: str = FP32) -> None:
@@ -120,36 +146,78 @@ def install(build: Path, repository: Path, rungs: Sequence[str] = (), served: st
     generators = {MODEL_FILE: served} | {rung_file(rung): rung for rung in (FP32, *rungs)}
     files = [(spec.GENERATOR, rung_path(build, rung), name) for name, rung in generators.items()]
     files += [
-        (stage, build / f"{stage.name}.onnx", MODEL_FILE) for stage in spec.STAGES if stage != spec.GENERATOR
+        (stage, stage_path(build, stage), MODEL_FILE) for stage in spec.STAGES if stage != spec.GENERATOR
     ]
     for stage, source, _ in files:
         _check_onnx(source, stage)
 
+    copies = [(source, repository / stage.name / VERSION / name) for stage, source, name in files]
+    try:
+        _copy_all(copies)
+        _remove_strangers(build, repository)
+    except OSError as err:
+        raise ExportError(f"cannot install the ONNX files into {repository}: {err}") from err
+
+
+def install_plans(
+    plans: Mapping[str, Path], identities: Mapping[str, Path], repository: Path, compute_capability: str
+) -> None:
+    """Put the plans of one kind of GPU into the repository, each with its identity: all of them, or none.
+
+    Plans of other GPUs stay: Triton picks by ``cc_model_filenames``.
+
+    Args:
+        plans: model name -> plan, checked against its surroundings by the caller.
+        identities: model name -> what the plan depends on, as a file.
+        repository: where the models lie.
+        compute_capability: of the GPU that the plans were built on, as ``8.9``.
+
+    Raises:
+        ExportError: the configurations know no such GPU, or a file cannot be copied.
+    """
+    if compute_capability not in COMPUTE_CAPABILITIES:
+        raise ExportError(
+            f"expected a GPU of compute capability {', '.join(COMPUTE_CAPABILITIES)}, found "
+            f"{compute_capability}; add it to COMPUTE_CAPABILITIES in export/repository.py"
+        )
+    name = plan_file(compute_capability)
+    copies = [(path, repository / model / VERSION / name) for model, path in plans.items()]
+    copies += [(path, repository / model / VERSION / f"{name}.json") for model, path in identities.items()]
+    try:
+        _copy_all(copies)
+    except OSError as err:
+        raise ExportError(f"cannot install the plans into {repository}: {err}") from err
+
+
+def _copy_all(copies: Iterable[tuple[Path, Path]]) -> None:
+    """Copy every source next to its target, and only then rename them all."""
     staged: list[tuple[Path, Path]] = []
     try:
-        for stage, source, name in files:
-            target = repository / stage.name / VERSION / name
-            part = target.with_name(f"{name}.part")
+        for source, target in copies:
+            part = target.with_name(f"{target.name}.part")
             target.parent.mkdir(parents=True, exist_ok=True)
             staged.append((part, target))
             shutil.copyfile(source, part)
         for part, target in staged:
             os.replace(part, target)
-        _remove_strangers(repository / spec.GENERATOR.name / VERSION, rung_path(build, FP32))
-    except OSError as err:
-        raise ExportError(f"cannot install the ONNX files into {repository}: {err}") from err
     finally:
         for part, _ in staged:
             part.unlink(missing_ok=True)
 
 
-def _remove_strangers(version: Path, fp32: Path) -> None:
-    """Delete rungs that come from other weights than those just installed: nobody should serve both."""
-    digest = sha256(fp32)
-    for path in version.glob(rung_file("*")):
-        parents = {p.value for p in onnx.load(path).metadata_props if p.key == PARENT_KEY}
-        if path.name != rung_file(FP32) and parents != {digest}:
-            path.unlink()
+def _remove_strangers(build: Path, repository: Path) -> None:
+    """Delete rungs and plans of other weights than those just installed: nobody should serve both."""
+    for stage in spec.STAGES:
+        digest = sha256(stage_path(build, stage))
+        version = repository / stage.name / VERSION
+        for path in version.glob(rung_file("*")):
+            if path.name != rung_file(FP32) and parent_digest(path) != digest:
+                path.unlink()
+        for path in version.glob(plan_file("*")):
+            identity = path.with_name(f"{path.name}.json")
+            if not identity.is_file() or digest not in identity.read_text():
+                path.unlink()
+                identity.unlink(missing_ok=True)
 
 
 def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.ModelConfig:
@@ -168,17 +236,39 @@ def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.Mod
         dynamic_batching=pb.ModelDynamicBatching(
             preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=MAX_QUEUE_DELAY_US
         ),
-        model_warmup=[_warmup(stage, batch) for batch in WARMUP_BATCHES],
+        model_warmup=[_warmup(f"batch_{batch}", stage, batch, size) for batch, size in ONNX_WARMUPS],
     )
 
 
-def _warmup(stage: spec.ModelSpec, batch: int) -> pb.ModelWarmup:
+def _plan_config(stage: spec.ModelSpec) -> pb.ModelConfig:
+    config = _stage_config(stage, Choice(pb.ModelInstanceGroup.KIND_GPU, FP32))
+    config.platform = "tensorrt_plan"
+    config.backend = "tensorrt"
+    config.default_model_filename = PLAN_FILE
+    for capability in COMPUTE_CAPABILITIES:
+        config.cc_model_filenames[capability] = plan_file(capability)
+    cuda = config.optimization.cuda
+    cuda.graphs = True
+    cuda.output_copy_stream = True  # answers leave while the next batch computes
+    Shape = pb.ModelOptimizationPolicy.Cuda.GraphSpec.Shape  # noqa: N806
+    for batch, size in GRAPHS:
+        graph = cuda.graph_spec.add(batch_size=batch)
+        for tensor in stage.inputs:
+            graph.input[tensor.name].CopyFrom(Shape(dim=tensor.shape(batch, size)[1:]))
+    del config.model_warmup[:]
+    config.model_warmup.extend(
+        _warmup("batch_{}_{}x{}".format(batch, *size), stage, batch, size) for batch, size in GRAPHS
+    )
+    return config
+
+
+def _warmup(name: str, stage: spec.ModelSpec, batch: int, lr_size: spec.Size) -> pb.ModelWarmup:
     return pb.ModelWarmup(
-        name=f"batch_{batch}",
+        name=name,
         batch_size=batch,
         inputs={
             tensor.name: pb.ModelWarmup.Input(
-                data_type=_data_type(tensor), dims=tensor.shape(batch, WARMUP_SIZE)[1:], zero_data=True
+                data_type=_data_type(tensor), dims=tensor.shape(batch, lr_size)[1:], zero_data=True
             )
             for tensor in stage.inputs
         },

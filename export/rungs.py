@@ -19,6 +19,7 @@ from export.fp16 import to_fp16
 from export.gates import Verdict, judge_generator
 from export.gpus import compute_capabilities
 from export.network import MstGan
+from export.plan import build_plan, check_plan, load_library, stage_profile
 from export.quantize import (
     TABLE,
     Feeds,
@@ -28,7 +29,7 @@ from export.quantize import (
     sensitivity,
     write_table,
 )
-from export.repository import FP16, FP32, INT8, PARENT_KEY, rung_path, sha256
+from export.repository import FP16, FP32, INT8, PARENT_KEY, TENSORRT, parent_digest, rung_path, sha256
 from export.sample import Frames, reduced_windows
 from export.tensorrt_graph import quantise_for_tensorrt, tensorrt_graph
 
@@ -53,17 +54,20 @@ def default_target() -> str:
 
 
 def check_target(target: str) -> None:
-    """Refuse a target that cannot be built, before any work is done."""
-    if target == "tensorrt":
+    """Refuse a target that cannot be built here, before any work is done."""
+    if target not in (*TARGETS, TENSORRT):
         raise ExportError(
-            "expected --target to be one that Triton serves from ONNX, found 'tensorrt', whose plans are "
-            "built by `python -m export plans`: for TensorRT-RTX here and now, without a GPU, or with "
-            "--library tensorrt on the GPU that runs them; "
-            f"this machine has {len(compute_capabilities()) or 'no'} NVIDIA GPU, and serves --target "
-            f"{default_target()}"
+            f"expected --target to be one of {', '.join((*TARGETS, TENSORRT))}, found {target!r}"
         )
-    if target not in TARGETS:
-        raise ExportError(f"expected --target to be one of {', '.join(TARGETS)}, found {target!r}")
+    if target != TENSORRT:
+        return
+    if not compute_capabilities():
+        raise ExportError(
+            "expected an NVIDIA GPU for --target tensorrt, which builds plans on the GPU that runs them, "
+            "found none; what can be built here: plans for TensorRT-RTX by `make plans`, or ONNX files for "
+            "GPUs by `make export TARGET=cuda`"
+        )
+    load_library(TENSORRT)
 
 
 def build_rung(
@@ -129,10 +133,39 @@ def build_for_tensorrt(
     ]
 
 
+def build_plans(
+    library: str, graphs: Path, out: Path, stages: Mapping[str, Path], gpus: Sequence[str] = (),
+    *, only_check: bool = False,
+) -> dict[str, Path]:  # fmt: skip
+    """Compile every graph of ``PLANS``, or only refuse plans that no longer fit.
+
+    Args:
+        library: one of ``plan.LIBRARIES``.
+        graphs: folder that ``build_for_tensorrt`` has filled.
+        out: where the plans go, their identities, and the timing cache.
+        stages: FP32 ONNX file of every stage.
+        gpus: compute capabilities, for TensorRT-RTX.
+        only_check: build nothing.
+
+    Returns:
+        Name as in ``PLANS`` -> plan.
+    """
+    plans = {}
+    for name in PLANS:
+        source, plan = graphs / f"{name}.onnx", out / f"{name}.plan"
+        stage = next(stage for stage in spec.STAGES if stage.name == name.split(".")[0])
+        profile = stage_profile(stage)
+        if not only_check:
+            build_plan(library, source, plan, profile, gpus, out / "timing.cache")
+        check_plan(library, source, plan, profile, gpus)
+        check_parent(source, stages[stage.name])
+        plans[name] = plan
+    return plans
+
+
 def check_parent(source: Path, fp32: Path) -> None:
     """Refuse a graph that was converted from another FP32 graph than this."""
-    parents = {p.value for p in onnx.load(source).metadata_props if p.key == PARENT_KEY}
-    if parents != {sha256(fp32)}:
+    if parent_digest(source) != sha256(fp32):
         raise ExportError(
             f"expected {source} to come from {fp32}, found that it comes from an older export; "
             "rebuild it with `python -m export plans`"

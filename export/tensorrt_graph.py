@@ -1,7 +1,8 @@
 """An ONNX stage in, the same function as TensorRT's parser takes it out; and its INT8 flavour.
 
-TensorRT takes UINT8 on the boundary alone, so the casts move outwards. Its INT8 is symmetric and signed, with
-the biases in float: a quantised bias is refused.
+TensorRT takes UINT8 on the boundary alone, so the casts move outwards. Sides that are padded to whole
+granules are stated as such, without which TensorRT-RTX compiles no range of sizes. INT8 is symmetric and
+signed, with the biases in float: a quantised bias is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 
@@ -21,9 +23,10 @@ OPERATORS = ("Conv", "Add")  # Q/DQ at their inputs, so that convolution, sum an
 
 
 def tensorrt_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Cast frames to float before anything else, and to bytes after everything else."""
+    """Cast frames to float first and to bytes last, and state the sides of padded images."""
     model = copy.deepcopy(model)
     graph = model.graph
+    _state_granules(graph)
     readers = Counter(name for node in graph.node for name in node.input)
     bytes_in = {v.name for v in graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8}
     for first in graph.node:
@@ -72,6 +75,49 @@ def quantise_for_tensorrt(
     quantizer.model.topological_sort()
     quantised: onnx.ModelProto = quantizer.model.model
     return quantised
+
+
+def _state_granules(graph: onnx.GraphProto) -> None:
+    """Reshape what was padded by ``-side % granule`` to ``(side + granule - 1) // granule * granule``.
+
+    The image has these sides already. But TensorRT-RTX 1.7 does not see that halving them leaves no
+    remainder, and so refuses to build for a range of sizes ("Resize shape dims should be non-negative").
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        amounts = producers.get(node.input[1]) if node.op_type == "Pad" else None
+        if amounts is None:
+            continue
+        # The last two of the amounts are those below and to the right; each a remainder, made a list of one.
+        remainders = [producers[producers[amount].input[0]] for amount in amounts.input[-2:]]
+        if {remainder.op_type for remainder in remainders} != {"Mod"}:
+            continue
+        name = node.output[0]
+        node.output[0] = f"{name}_unstated"
+        shape = [f"{name}_batch_and_channels"]
+        graph.initializer.append(numpy_helper.from_array(np.zeros(2, np.int64), shape[0]))  # 0: as it is
+        flat = numpy_helper.from_array(np.array([-1], np.int64), f"{name}_flat")
+        graph.initializer.append(flat)
+        for axis, remainder in zip(("height", "width"), remainders, strict=True):
+            side, granule = producers[remainder.input[0]].input[1], remainder.input[1]  # of -1 * side
+            most = numpy_helper.from_array(constants[granule] - 1, f"{name}_{axis}_most")
+            graph.initializer.append(most)
+            for operator, operand in (
+                ("Add", most.name), ("Div", granule), ("Mul", granule), ("Reshape", flat.name),
+            ):  # fmt: skip
+                result = f"{name}_{axis}_{operator}"
+                nodes.append(helper.make_node(operator, [side, operand], [result], result))
+                side = result
+            shape.append(side)
+        nodes += [
+            helper.make_node("Concat", shape, [f"{name}_shape"], f"{name}_shape", axis=0),
+            helper.make_node("Reshape", [f"{name}_unstated", f"{name}_shape"], [name], f"{name}_stated"),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _to_bytes(cast: onnx.NodeProto) -> bool:

@@ -17,7 +17,7 @@ from export import onnx_export, parity, spec
 from export.__main__ import main
 from export.checkpoint import DEFAULT, load_checkpoint, save_checkpoint
 from export.network import PRUNED, MstGan
-from export.onnx_export import stage_path
+from export.repository import stage_path
 from export.sample import sample_windows
 
 

@@ -18,8 +18,7 @@ from export import onnx_export, rungs, spec
 from export.fp16 import to_fp16
 from export.gates import judge_generator
 from export.gpus import compute_capabilities
-from export.onnx_export import stage_path
-from export.repository import rung_path
+from export.repository import rung_path, stage_path
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tiny_network import run_build
 
 from export import gates, onnx_export, rungs, spec
 from export.gates import Verdict, judge_generator
-from export.onnx_export import stage_path
+from export.repository import stage_path
 from export.training.flicker import flows, tof
 
 

@@ -13,7 +13,16 @@ from tritonclient.grpc import model_config_pb2 as pb
 from deploy.embedded.server import TritonServer
 from export import spec
 from export.errors import ExportError
-from export.repository import PARENT_KEY, config_files, config_text, install, sha256, write_configs
+from export.repository import (
+    COMPUTE_CAPABILITIES,
+    PARENT_KEY,
+    config_files,
+    config_text,
+    install,
+    install_plans,
+    sha256,
+    write_configs,
+)
 
 COMMITTED = Path(__file__).parent.parent / "model_repository"
 STAGE_NAMES = [stage.name for stage in spec.STAGES]
@@ -149,6 +158,91 @@ def test_alternatives_differ_in_device_and_generator_alone(name: str, kind: int,
             group.kind = pb.ModelInstanceGroup.KIND_AUTO
         same.default_model_filename = config.default_model_filename
         assert same == config
+
+
+SIZES = [(16, 16), (360, 640), (720, 1280)]
+
+
+@pytest.mark.parametrize("stage", spec.STAGES, ids=STAGE_NAMES)
+def test_plans_are_recorded_and_warmed_up_for_every_batch_and_size(stage: spec.ModelSpec) -> None:
+    path = COMMITTED / stage.name / "configs/tensorrt.pbtxt"
+    config = text_format.Parse(path.read_text(), pb.ModelConfig())
+    wanted = {
+        (batch, tuple((tensor.name, tensor.shape(batch, size)[1:]) for tensor in stage.inputs))
+        for batch in (1, 2, 3, 4)
+        for size in SIZES
+    }
+    cuda = config.optimization.cuda
+    assert cuda.graphs
+    assert len(cuda.graph_spec) == len(config.model_warmup) == 12
+    for batch, inputs in (
+        *((graph.batch_size, {k: v.dim for k, v in graph.input.items()}) for graph in cuda.graph_spec),
+        *((w.batch_size, {k: v.dims for k, v in w.inputs.items()}) for w in config.model_warmup),
+    ):
+        assert (batch, tuple((t.name, tuple(inputs[t.name])) for t in stage.inputs)) in wanted
+        assert inputs.keys() == {tensor.name for tensor in stage.inputs}
+    assert {
+        (graph.batch_size, tuple((t.name, tuple(graph.input[t.name].dim)) for t in stage.inputs))
+        for graph in cuda.graph_spec
+    } == wanted
+    assert len({warmup.name for warmup in config.model_warmup}) == 12
+    # An inexact graph would let the convolutions see what lies in memory beside the frame.
+    assert not any(graph.HasField("graph_lower_bound") for graph in cuda.graph_spec)
+
+
+@pytest.mark.parametrize("stage", spec.STAGES, ids=STAGE_NAMES)
+def test_plans_are_chosen_by_gpu(stage: spec.ModelSpec) -> None:
+    config = config_files()[f"{stage.name}/configs/tensorrt.pbtxt"]
+    assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
+    assert config.default_model_filename == "model.plan"
+    assert dict(config.cc_model_filenames)["8.9"] == "model.sm89.plan"
+    assert len(set(config.cc_model_filenames.values())) == len(COMPUTE_CAPABILITIES)
+    assert {group.kind for group in config.instance_group} == {pb.ModelInstanceGroup.KIND_GPU}
+    default = parse(stage.name)  # what clients see is the same
+    assert config.input == default.input and config.output == default.output
+    assert config.dynamic_batching == default.dynamic_batching
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> dict[str, Path]:
+    """Plans whose content plays no part, beside their identities."""
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    for name in STAGE_NAMES:
+        (folder / f"{name}.plan").write_bytes(name.encode())
+        (folder / f"{name}.json").write_text(f"identity of {name}")
+    return {name: folder / f"{name}.plan" for name in STAGE_NAMES}
+
+
+def test_plans_of_several_gpus_lie_side_by_side(plans: dict[str, Path], models: Path) -> None:
+    identities = {name: path.with_suffix(".json") for name, path in plans.items()}
+    for gpu in ("8.9", "12.0"):
+        install_plans(plans, identities, models, gpu)
+    assert installed(models, "generator") == [
+        "model.onnx", "model.sm120.plan", "model.sm120.plan.json", "model.sm89.plan", "model.sm89.plan.json",
+    ]  # fmt: skip
+    assert (models / "generator/1/model.sm89.plan").read_bytes() == b"generator"
+    with pytest.raises(ExportError, match=r"expected a GPU of compute capability 7.5, .*, found 6.1; add it"):
+        install_plans(plans, identities, models, "6.1")
+
+
+def test_all_plans_are_installed_or_none(plans: dict[str, Path], models: Path) -> None:
+    identities = {name: path.with_suffix(".json") for name, path in plans.items()}
+    identities[STAGE_NAMES[-1]].unlink()
+    with pytest.raises(ExportError, match="cannot install the plans"):
+        install_plans(plans, identities, models, "8.9")
+    assert_old_files(models)
+
+
+def test_plans_go_when_other_weights_come(build: Path, plans: dict[str, Path], models: Path) -> None:
+    identities = {name: path.with_suffix(".json") for name, path in plans.items()}
+    for name, path in identities.items():
+        path.write_text(sha256(build / f"{name}.onnx"))
+    identities["generator"].write_text("0" * 64)
+    install_plans(plans, identities, models, "8.9")
+    install(build, models)
+    assert "model.sm89.plan" in installed(models, "flow_align")
+    assert installed(models, "generator") == ["model.fp32.onnx", "model.onnx"]
 
 
 def add_rung(build: Path, rung: str) -> Path:
