@@ -1,10 +1,11 @@
-"""Footage: videos and photos decoded once into uint8 segments on disk."""
+"""Footage: videos, sequences of images and photos, decoded once into uint8 segments on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ CUT_LEVELS = 30.0  # mean absolute difference of consecutive frames, in grey lev
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 VIDEO_SUFFIXES = {".264", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".y4m"}
 PHOTO_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
+NUMBERS = re.compile(r"(\d*)(\D*)")  # a file name's parts
 
 Segments = NDArray[np.uint8]
 """(S, T, H, W, 3) RGB: S segments of T consecutive frames; T = 1 for a photo."""
@@ -35,7 +37,7 @@ Segments = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Clip:
-    """One file's segments, memory-mapped."""
+    """Segments of one video, sequence or photo, memory-mapped."""
 
     name: str
     segments: Segments
@@ -49,20 +51,40 @@ def truth_factor(short_side: int) -> int:
     return max(2, round(short_side / TRUTH_SIDE))
 
 
-def _frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
+def _decoded(path: Path) -> Iterator[av.VideoFrame]:
     with av.open(str(path)) as container:
         if not container.streams.video:
-            raise ExportError(f"{path.name}: expected a video stream, found none")
+            raise ExportError("expected a video stream, found none")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        for index, frame in enumerate(container.decode(stream)):
-            if frame.color_trc in HDR_TRANSFERS:
-                raise ExportError(f"{path.name}: HDR transfer; expected SDR footage, tone-map it first")
-            factor = 1 if lossless else truth_factor(min(frame.width, frame.height))
-            rgb = frame.reformat(frame.width // factor, frame.height // factor, "rgb24", interpolation=SCALER)
-            yield rgb.to_ndarray().astype(np.uint8, copy=False)
-            if index + 1 == MAX_FRAMES:
-                return
+        yield from container.decode(stream)
+
+
+def images_of(folder: Path) -> list[Path]:
+    """The images of a sequence in the order of their numbers: frame_2 comes before frame_10."""
+    found = (p for p in folder.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
+    return sorted(found, key=lambda p: [(int(n), s) if n else (-1, s) for n, s in NUMBERS.findall(p.stem)])
+
+
+def _frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
+    """RGB frames of a file, or of a folder that holds an image per frame."""
+    files = images_of(path)[:MAX_FRAMES] if path.is_dir() else [path]
+    count = 0
+    for file in files:
+        try:
+            for frame in _decoded(file):
+                if frame.color_trc in HDR_TRANSFERS:
+                    raise ExportError("HDR transfer; expected SDR footage, tone-map it first")
+                factor = 1 if lossless else truth_factor(min(frame.width, frame.height))
+                size = (frame.width // factor, frame.height // factor)
+                rgb = frame.reformat(*size, "rgb24", interpolation=SCALER)
+                yield rgb.to_ndarray().astype(np.uint8, copy=False)
+                count += 1
+                if count == MAX_FRAMES:
+                    return
+        except av.FFmpegError as err:
+            where = f"{file.name} " if path.is_dir() else ""
+            raise ExportError(f"{where}not decodable ({err.strerror})") from err
 
 
 def _segments(frames: Sequence[NDArray[np.uint8]], length: int) -> Segments:
@@ -82,18 +104,26 @@ def _is_cut(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> bool:
 def load_clip(path: Path, cache: Path, *, min_side: int, photo: bool = False) -> Clip:
     """Decode ``path``, or map what an earlier run decoded.
 
+    Args:
+        path: a video, a photo, or a folder with an image per frame. Images count as truth as they are,
+            videos once they are reduced.
+        cache: folder of decoded segments.
+        min_side: shorter side, in hr pixels, that it must have.
+        photo: one image is enough.
+
     Raises:
-        ExportError: nothing in the file can serve as truth for patches of ``min_side`` pixels.
+        ExportError: nothing in it can serve as truth for patches of ``min_side`` pixels.
     """
-    stat = path.stat()
+    files = images_of(path) if path.is_dir() else [path]
+    states = [fact for f in files for fact in (f.name, f.stat().st_size, f.stat().st_mtime_ns)]
     limits = (SEGMENT, SEGMENTS_PER_CLIP, MAX_FRAMES, TRUTH_SIDE, int(SCALER))
-    rule = (path.name, stat.st_size, stat.st_mtime_ns, photo, *limits)
+    rule = (*states, photo, *limits)
     stored = cache / f"{path.stem}-{hashlib.sha256(repr(rule).encode()).hexdigest()[:12]}.npy"
     if not stored.exists():
         try:
-            frames = list(_frames(path, lossless=photo))
-        except av.FFmpegError as err:
-            raise ExportError(f"{path.name}: not decodable ({err.strerror})") from err
+            frames = list(_frames(path, lossless=photo or path.is_dir()))
+        except ExportError as err:
+            raise ExportError(f"{path.name}: {err}") from err
         length = 1 if photo else SEGMENT
         if len(frames) < length:
             raise ExportError(f"{path.name}: expected at least {length} frames, found {len(frames)}")
@@ -119,19 +149,21 @@ def load_folder(
     """Load every clip (or photo) of a folder; what cannot serve is named, skipped and counted.
 
     Args:
-        folder: searched without recursion.
+        folder: holds videos, and folders with an image per frame; or photos.
         cache: where decoded segments live; may be deleted at any time between runs.
         min_side: shorter side, in hr pixels, that a clip must have.
         photo: the folder holds still images.
-        names: only these files.
+        names: only these files or sequences.
 
     Raises:
         ExportError: nothing usable was found.
     """
-    suffixes = PHOTO_SUFFIXES if photo else VIDEO_SUFFIXES
     if not folder.is_dir():
         raise ExportError(f"expected a folder of footage at {folder}, found none; pass one that exists")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
+    suffixes = PHOTO_SUFFIXES if photo else VIDEO_SUFFIXES
+    files = [p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in suffixes]
+    sequences = [] if photo else [p for p in folder.iterdir() if p.is_dir() and images_of(p)]
+    paths = sorted([*files, *sequences])
     if names is not None:
         missing = set(names) - {p.name for p in paths}
         if missing:
@@ -144,9 +176,11 @@ def load_folder(
         except ExportError as err:
             log.warning("skipped %s", err)
     if not clips:
+        is_sequence = not photo and images_of(folder)
+        hint = "put the images of a sequence into a folder inside it" if is_sequence else "add clips"
         raise ExportError(
             f"expected footage of at least {min_side} pixels a side in {folder}, "
-            f"found none among {len(paths)} files; add clips or choose smaller patches"
+            f"found none among {len(paths)} files; {hint} or choose smaller patches"
         )
     log.info("%s: %d files used, %d skipped", folder, len(clips), len(paths) - len(clips))
     return clips
