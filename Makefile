@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
 SERVE_ARGS ?=
 SWEEP ?=
+LADDER_ARGS ?=
 BASE ?=
 
 VENV := .venv
@@ -11,7 +12,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plans configs serve demo lint format unit test perf-tools sweep peers bench report clean
+.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench ladder report clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,7 +28,7 @@ setup: $(VENV)/.installed  ## Make .venv with everything (needs no root)
 $(MODELS): $(CHECKPOINT) $(EXPORT_CODE) | setup
 	$(BIN)/python -m export build --checkpoint $(CHECKPOINT)
 
-export: setup  ## Checkpoint -> ONNX -> parity check -> model_repository/  [TARGET=cpu|cuda|fp32] [CHECKPOINT=...]
+export: setup  ## Checkpoint -> ONNX -> parity check -> model_repository/  [TARGET=cpu|cuda|tensorrt|fp32] [CHECKPOINT=...]
 	$(BIN)/python -m export build --checkpoint $(CHECKPOINT) $(if $(TARGET),--target $(TARGET))
 
 plans: $(MODELS)  ## TensorRT-RTX plans of all three stages (needs no GPU)
@@ -38,6 +39,9 @@ configs: setup  ## Regenerate every config.pbtxt from export/spec.py
 
 serve: $(MODELS)  ## Serve model_repository/ on loopback  [SERVE_ARGS=...]
 	$(BIN)/tritonserver --model-repository=model_repository $(SERVE_ARGS)
+
+doctor: setup  ## What serving here will trip over, and the flag that cures it  [DOCTOR="--size 640x360"]
+	$(BIN)/python -m deploy.doctor $(DOCTOR)
 
 demo: $(MODELS)  ## Upscale a real clip through a real server, and show it beside bicubic
 	$(BIN)/python -m deploy.demo
@@ -70,8 +74,11 @@ peers: setup  ## Measure the papers' rivals beside ours, network by network
 bench: $(MODELS)  ## File-to-file throughput against bare ONNX Runtime
 	$(BIN)/python -m perf.overhead
 
-report: setup  ## Draw perf/REPORT.md and perf/report.html from perf/results/  [BASE=folder]
-	$(BIN)/python -m perf.report $(if $(BASE),--base $(BASE))
+ladder: setup  ## Every rung from PyTorch FP32 to the fastest served, measured here  [LADDER_ARGS=...]
+	$(BIN)/python -m perf.ladder $(LADDER_ARGS)
+
+report: setup  ## Draw perf/REPORT.md, perf/report.html and README's ladder from perf/results/  [BASE=folder]
+	$(BIN)/python -m perf.report --readme README.md $(if $(BASE),--base $(BASE))
 
 clean:  ## Remove what was built, but not .venv
 	rm -rf build model_repository/*/1/model*

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure as Canvas
@@ -82,6 +82,32 @@ def bars(figures: Mapping[str, Figure], axis: str) -> str:
     panel.set(xlabel=axis, xlim=(0, 1.35 * max(figure.span[1] for figure in figures.values())))
     panel.invert_yaxis()
     panel.grid(False, axis="y")
+    return _svg(canvas)
+
+
+def rungs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speed, memory and loss of the ladder's rows, side by side."""
+    canvas = Canvas(figsize=(WIDTH_IN, 0.9 + BAR_IN * len(rows)), layout="constrained")
+    panels = canvas.subplots(1, 3, sharey=True, width_ratios=(1.4, 1, 1))
+    names = [row["name"] for row in rows]
+    quantities = (
+        (
+            "frames/s",
+            "fps",
+            lambda row: f" {row['fps']:.2f}" + (f" = {row['ratio']:.1f}x" if row["ratio"] else ""),
+        ),
+        ("peak memory, MB", "peak_memory_mb", lambda row: f" {row['peak_memory_mb']:.0f}"),
+        ("PSNR-Y lost, dB", "psnr_loss_db", lambda row: f" {row['psnr_loss_db'] or 0:+.3f}"),
+    )
+    for panel, colour, (title, key, label) in zip(panels, COLOURS, quantities, strict=False):
+        values = [row[key] or 0.0 for row in rows]
+        drawn = panel.barh(names, values, color=colour, height=0.62)
+        panel.bar_label(drawn, [label(row) for row in rows], padding=2)
+        low, high = min(0.0, *values), max(0.0, *values)
+        room = 0.6 * ((high - low) or 1.0)  # for the words beside the bars
+        panel.set(xlabel=title, xlim=(low - (room if low < 0 else 0), high + room))
+        panel.grid(False, axis="y")
+    panels[0].invert_yaxis()
     return _svg(canvas)
 
 

@@ -14,6 +14,7 @@ from perf import results
 from perf.compare import comparison
 from perf.document import Section, Table
 from perf.errors import Command
+from perf.ladder.table import ladder_table, write_readme
 from perf.sections import sections
 
 FOLDER = Path(__file__).parent
@@ -49,7 +50,7 @@ def markdown(parts: Sequence[Section], plots: str) -> str:
         if part.plot:
             lines += [f"![{part.title}]({plots}/{part.name}.svg)", ""]
         if part.table:
-            lines += [*_markdown_rows(part.table), ""]
+            lines += [*markdown_rows(part.table), ""]
         if part.source:
             lines += [f"<sub>{part.source}</sub>", ""]
     return "\n".join(lines)
@@ -72,7 +73,8 @@ def page(parts: Sequence[Section]) -> str:
     )
 
 
-def _markdown_rows(table: Table) -> list[str]:
+def markdown_rows(table: Table) -> list[str]:
+    """Lines of a Markdown table; the first column is text, the others are figures."""
     rule = ["---", *["---:"] * (len(table.headings) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (table.headings, rule, *table.rows)]
 
@@ -99,7 +101,8 @@ def _inline(text: str) -> str:
 @click.option("--results", "folder", type=click.Path(path_type=Path), default=results.FOLDER)
 @click.option("--base", type=click.Path(path_type=Path), help="Folder with the results of an earlier run.")
 @click.option("--out", type=click.Path(path_type=Path), default=FOLDER, help="Where the report goes.")
-def main(folder: Path, base: Path | None, out: Path) -> None:
+@click.option("--readme", type=click.Path(path_type=Path), help="Also put the ladder's table into this file.")
+def main(folder: Path, base: Path | None, out: Path, readme: Path | None) -> None:
     """Draw the report."""
     now = results.load_folder(folder)
     parts = sections(now)
@@ -114,6 +117,8 @@ def main(folder: Path, base: Path | None, out: Path) -> None:
             (plots / f"{part.name}.svg").write_text(part.plot)
     (out / "REPORT.md").write_text(markdown(parts, plots.name))
     (out / "report.html").write_text(page(parts))
+    if readme and "ladder" in now:
+        write_readme(readme, now["ladder"], markdown_rows(ladder_table(now["ladder"])))
     log.info("%s\n%s", out / "REPORT.md", out / "report.html")
 
 

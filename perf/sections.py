@@ -7,6 +7,7 @@ from typing import Any
 
 from perf import plots
 from perf.document import Section, Table, source_of
+from perf.ladder.table import ladder_sections
 from perf.peers.table import peers_sections
 from perf.plan import sweep_names
 from perf.points import Figure, Measured, described, measured, varying
@@ -31,6 +32,8 @@ def sections(results: dict[str, Result]) -> list[Section]:
                 found.append(_overhead(result))
             case "peers":
                 found += peers_sections(result)
+            case "ladder":
+                found += ladder_sections(result)
     return found
 
 

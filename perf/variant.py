@@ -28,6 +28,8 @@ class Serving:
     """Instance groups of each stage."""
     form: str = "ensemble"
     """``ensemble``, or ``fused``: all stages in one graph, for comparison."""
+    batching: bool = True
+    """False: every request runs alone."""
 
     @property
     def model(self) -> str:
@@ -85,6 +87,8 @@ def write_variant(repository: Path, folder: Path, serving: Serving) -> None:
                 config.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay_us
             if serving.instances is not None:
                 _set_instances(config, serving.instances)
+            if not serving.batching:
+                config.ClearField("dynamic_batching")
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.pbtxt").write_text(text_format.MessageToString(config))
         if name != FUSED:
