@@ -87,7 +87,8 @@ def build_plan(
         plan: where the plan goes, and its identity beside it; both change only once both are complete.
         profile: shapes to build for.
         gpus: compute capabilities, for TensorRT-RTX; by default those it targets together.
-        timing_cache: file to read kernel timings from and add new ones to, so that the next build is quicker.
+        timing_cache: file of kernel timings to read and to add to, so that TensorRT's next build is quicker;
+            TensorRT-RTX times nothing while building, and has none.
 
     Raises:
         ExportError: the library is missing, an operator is refused (the text names the node), or the build
@@ -103,14 +104,12 @@ def build_plan(
     shapes = backend.Profile()
     for name, (least, usual, most) in profile.items():
         shapes.add(name, least, usual, most)
-    cache = None if timing_cache is None else str(timing_cache)
-    known = cache if timing_cache is not None and timing_cache.is_file() else None
+    cache = str(timing_cache) if timing_cache is not None and library == "tensorrt" else None
+    known = cache if cache is not None and Path(cache).is_file() else None
     if library == "tensorrt":
         config = backend.CreateConfig(profiles=[shapes], load_timing_cache=known)
     else:
-        config = CreateConfigRTX(
-            profiles=[shapes], load_timing_cache=known, compute_capabilities=capabilities or None
-        )
+        config = CreateConfigRTX(profiles=[shapes], compute_capabilities=capabilities or None)
     plan.parent.mkdir(parents=True, exist_ok=True)
     log.info("building %s from %s", plan, source)
     with _said(f"{source}: {library} {trt.__version__} refuses {{}}; express it otherwise"):

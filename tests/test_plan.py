@@ -225,16 +225,6 @@ def test_a_second_library_in_one_process_is_refused() -> None:
         plan.point_polygraphy_at("tensorrt", plan.load_library(RTX))
 
 
-def test_plans_for_one_size_and_the_timings_of_kernels(
-    graphs: tuple[Path, list[Verdict]], tmp_path: Path
-) -> None:
-    """The second build reads what the first has written, and leaves it in place."""
-    source, cache = graphs[0] / "pixel_shuffle.onnx", tmp_path / "timing.cache"
-    for name in ("one", "two"):
-        build_plan(RTX, source, tmp_path / f"{name}.plan", small_profile("pixel_shuffle"), ["8.6"], cache)
-        assert cache.stat().st_size > 0
-
-
 @pytest.mark.parametrize("size", [(16, 16), (20, 36), (68, 160)])
 def test_stated_granules_change_no_value(
     built: Path, graphs: tuple[Path, list[Verdict]], size: tuple[int, int]

@@ -1,0 +1,326 @@
+"""``make doctor``: this machine in, what serving will trip over out, each with the command that cures it.
+
+It looks and changes nothing. Numbers follow from the contract and the frame size that is to be served.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import click
+import numpy as np
+import tritonclient.grpc as triton
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+from deploy.embedded.launcher import LaunchError, check_packages, find_libpython, find_wheel
+from export import spec
+from export.gpus import compute_capabilities
+from perf.errors import PerfError
+from perf.tools import find_analyzer
+
+ROOT = Path(__file__).parent.parent
+REPOSITORY = ROOT / "model_repository"
+MB = 2**20
+CUDA_POOL, PINNED_POOL = 64 * MB, 256 * MB  # Triton's defaults
+PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
+# Triton server versions by the release of NVIDIA's image that brought --allow-client-shm and turned it off.
+CLIENT_SHM_FROM = (2, 68)  # 26.04
+SAFE_FROM = (2, 71)  # 26.07
+LEVELS = ("ok", "warn", "error")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the answer."""
+
+    level: str
+    """One of ``LEVELS``."""
+    check: str
+    text: str
+    fix: str = ""
+    """Flag or command; empty where nothing is to be done."""
+
+
+def frame_bytes(tensors: Sequence[spec.TensorSpec], lr_size: spec.Size) -> int:
+    """Bytes of one window's tensors."""
+    return sum(
+        int(np.prod(tensor.shape(1, lr_size))) * np.dtype(triton_to_np_dtype(tensor.dtype)).itemsize
+        for tensor in tensors
+    )
+
+
+def in_flight() -> int:
+    """Windows between the stages at once: a full batch in each instance, and one on its way."""
+    return spec.MAX_BATCH * (len(spec.INSTANCE_GROUPS) + 1)
+
+
+def check_shm(lr_size: spec.Size, shm: Path = Path("/dev/shm")) -> Finding:
+    """Regions of the Python backend: every instance's holds a full batch of its inputs and outputs."""
+    wanted = (
+        sum(frame_bytes((*stage.inputs, *stage.outputs), lr_size) for stage in spec.STAGES)
+        * spec.MAX_BATCH
+        * len(spec.INSTANCE_GROUPS)
+    )
+    if not shm.is_dir():
+        return Finding("error", "shared memory", f"no {shm}", "mount it: mount -t tmpfs tmpfs /dev/shm")
+    free = shutil.disk_usage(shm).free
+    text = f"{shm} has {free // MB} MB free, full batches at {_wxh(lr_size)} take at most {wanted // MB} MB"
+    gigabytes = -(-wanted // 2**30)
+    if free >= wanted:
+        return Finding("ok", "shared memory", text)
+    return Finding(
+        "error", "shared memory", text,
+        f"docker run --shm-size={gigabytes}g, or mount -o remount,size={gigabytes}g {shm}",
+    )  # fmt: skip
+
+
+def check_pools(lr_size: spec.Size, gpus: Sequence[str]) -> Iterator[Finding]:
+    """Memory that NVIDIA's server keeps for what passes between the stages; the embedded one has no GPU."""
+    between = {tensor for stage in spec.STAGES for tensor in (*stage.inputs, *stage.outputs)}
+    ends = (*spec.ENSEMBLE.inputs, *spec.ENSEMBLE.outputs)
+    cuda = frame_bytes(tuple(between), lr_size) * in_flight()
+    pinned = frame_bytes(ends, lr_size) * in_flight()
+    for name, wanted, default, flag in (
+        ("CUDA pool", cuda, CUDA_POOL, "--cuda-memory-pool-byte-size=0:{}"),
+        ("pinned pool", pinned, PINNED_POOL, "--pinned-memory-pool-byte-size={}"),
+    ):
+        text = f"{_wxh(lr_size)} takes {wanted // MB} MB, Triton's default is {default // MB} MB"
+        if not gpus:
+            yield Finding("ok", name, f"no GPU here; on one, {text}")
+        elif wanted <= default:
+            yield Finding("ok", name, text)
+        else:
+            size = -(-wanted // (64 * MB)) * 64 * MB
+            yield Finding("warn", name, f"{text}: the rest goes through the host", flag.format(size))
+
+
+def check_server(url: str | None) -> Finding:
+    """Version of a running server, or of the embedded one, and whether clients may use shared memory."""
+    if url is None:
+        try:
+            find_wheel()
+        except LaunchError as err:
+            return Finding("error", "server", str(err), "make setup")
+        wheel = metadata.version("nvidia-pytriton")
+        return Finding(
+            "ok", "server", f"embedded Triton of nvidia-pytriton {wheel}; clients may use shared memory"
+        )
+    try:
+        with triton.InferenceServerClient(url) as client:
+            version = client.get_server_metadata(client_timeout=10).version
+    except InferenceServerException as err:
+        text = f"expected a Triton server at {url}, found none ({err.message()})"
+        return Finding("error", "server", text, "make serve, or --url host:port of its gRPC")
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if found >= SAFE_FROM:
+        return Finding(
+            "warn", "server", f"Triton {version} at {url} keeps clients out of shared memory unless told",
+            "--allow-client-shm=true, if client and server share this machine and trust each other",
+        )  # fmt: skip
+    if found >= CLIENT_SHM_FROM:
+        return Finding(
+            "warn", "server", f"Triton {version} at {url} lacks security fixes, shuts out shared memory",
+            "use nvcr.io/nvidia/tritonserver:26.07-py3, with --allow-client-shm=true if client and server "
+            "share this machine",
+        )  # fmt: skip
+    return Finding(
+        "ok", "server", f"Triton {version} at {url}: shared memory is open to clients, it has no flag for it"
+    )
+
+
+def check_stub() -> Iterator[Finding]:
+    """What the embedded server's Python backend needs of this Python."""
+    try:
+        check_packages()
+        yield Finding("ok", "numpy", f"{metadata.version('numpy')}, as the Python stub wants (< 2)")
+    except LaunchError as err:
+        yield Finding("error", "numpy", str(err), "make setup")
+    try:
+        yield Finding("ok", "libpython", f"in {find_libpython()}")
+    except LaunchError as err:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        yield Finding("error", "libpython", str(err), f"apt-get install libpython{version}")
+
+
+def check_repository(repository: Path = REPOSITORY) -> Iterator[Finding]:
+    """Whether every model has what its configuration names, and what the default serves."""
+    for stage in spec.STAGES:
+        folder = repository / stage.name
+        try:
+            config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
+        except (OSError, text_format.ParseError) as err:
+            yield Finding("error", stage.name, f"no readable config.pbtxt: {err}", "make configs")
+            continue
+        model = folder / "1" / config.default_model_filename
+        if not model.is_file():
+            yield Finding("error", stage.name, f"{model} is missing", "make export")
+            continue
+        others = {
+            path.stem: any((folder / "1" / name).is_file() for name in _files_of(path))
+            for path in sorted((folder / "configs").glob("*.pbtxt"))
+        }
+        ready = [name for name, there in others.items() if there]
+        same = [
+            path.name for path in sorted((folder / "1").glob("model.*.onnx"))
+            if path.stat().st_size == model.stat().st_size and path.read_bytes() == model.read_bytes()
+        ]  # fmt: skip
+        text = f"serves {model.name}{f' = {same[0]}' if same else ''}"
+        yield Finding("ok", stage.name, f"{text}; --model-config-name: {', '.join(ready) or 'none built'}")
+
+
+def check_plans(
+    gpus: Sequence[str], repository: Path = REPOSITORY, tensorrt: str | None = None
+) -> Iterator[Finding]:
+    """Installed plans against the GPU here and the TensorRT that is installed beside them, if one is.
+
+    Args:
+        gpus: compute capabilities of this machine.
+        repository: where the models lie.
+        tensorrt: version of TensorRT here; None where there is none, as when it is the container's.
+    """
+    rebuild = "make export TARGET=tensorrt"
+    for stage in spec.STAGES:
+        version = repository / stage.name / "1"
+        plans = sorted(version.glob("model.sm*.plan"))
+        if not plans:
+            continue
+        here = [f"model.sm{gpu.replace('.', '')}.plan" for gpu in gpus]
+        if gpus and not set(here) & {plan.name for plan in plans}:
+            text = (
+                f"{stage.name} has {', '.join(p.name for p in plans)}, none for compute capability {gpus[0]}"
+            )
+            yield Finding("error", "plans", text, rebuild)
+        for plan in plans:
+            identity = plan.with_name(f"{plan.name}.json")
+            try:
+                found = json.loads(identity.read_text())
+                built_by, built_for = str(found["version"]), list(found["gpus"])
+            except (OSError, ValueError, KeyError, TypeError) as err:
+                yield Finding("error", "plans", f"{plan}: no readable identity beside it ({err!r})", rebuild)
+                continue
+            text = f"{stage.name} {plan.name}: TensorRT {built_by}, GPU {', '.join(built_for)}"
+            if tensorrt is not None and built_by != tensorrt:
+                yield Finding("error", "plans", f"{text}; here is TensorRT {tensorrt}", rebuild)
+            elif plan.name not in {f"model.sm{gpu.replace('.', '')}.plan" for gpu in built_for}:
+                yield Finding("error", "plans", f"{text}, which its name does not say", rebuild)
+            else:
+                where = "" if tensorrt else "; serve it with an image of that version"
+                yield Finding("ok", "plans", text + where)
+
+
+def check_ports() -> Iterator[Finding]:
+    """Whether a server can listen on its usual ports."""
+    for name, port in PORTS.items():
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Triton does
+            try:
+                listener.bind(("127.0.0.1", port))
+                yield Finding("ok", f"{name} port", f"{port} is free")
+            except OSError as err:
+                text = f"{port} is taken ({err.strerror})"
+                yield Finding(
+                    "warn", f"{name} port", text, f"make serve SERVE_ARGS=--{name}-port={port + 10}"
+                )
+
+
+def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
+    """Which instructions INT8 will find."""
+    try:
+        flags = set(re.findall(r"\S+", next(re.finditer(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M))[1]))
+    except (OSError, StopIteration):
+        return Finding(
+            "warn", "CPU", f"{cpuinfo} names no instructions", "make export TARGET=cpu measures it"
+        )
+    found = [name for name in ("avx512_vnni", "avx_vnni") if name in flags]
+    if found:
+        return Finding("ok", "CPU", f"{', '.join(found)}: INT8 is multiplied in one instruction")
+    return Finding(
+        "warn", "CPU", "neither avx512_vnni nor avx_vnni: INT8 gains less, and is served only if it gains",
+        "make export tells; make export TARGET=fp32 if it does not",
+    )  # fmt: skip
+
+
+def check_perf_analyzer() -> Finding:
+    """Whether ``make sweep`` can measure."""
+    try:
+        analyzer = find_analyzer()
+    except PerfError as err:
+        return Finding(
+            "warn",
+            "perf_analyzer",
+            f"only measuring needs it: {err}".partition(": run `")[0],
+            "make perf-tools",
+        )
+    return Finding("ok", "perf_analyzer", f"{analyzer.version}, {analyzer.path}")
+
+
+def examine(lr_size: spec.Size, url: str | None) -> list[Finding]:
+    """All checks of this machine."""
+    gpus = compute_capabilities()
+    tensorrt = metadata.version("tensorrt") if util.find_spec("tensorrt") else None
+    return [
+        Finding("ok", "GPU", f"compute capability {', '.join(gpus)}" if gpus else "none; the CPU serves"),
+        check_cpu(),
+        *check_stub(),
+        check_server(url),
+        *([] if url else check_ports()),  # a running server has them
+        *check_repository(),
+        *check_plans(gpus, tensorrt=tensorrt),
+        check_shm(lr_size),
+        *check_pools(lr_size, gpus),
+        check_perf_analyzer(),
+    ]
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Aligned lines, each fix below what it cures."""
+    width = max(len(finding.check) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:<5}  {finding.check:<{width}}  {finding.text}")
+        if finding.fix:
+            lines.append(f"{'':<5}  {'':<{width}}  -> {finding.fix}")
+    return "\n".join(lines)
+
+
+def parse_size(_: click.Context, __: click.Parameter, value: str) -> spec.Size:
+    """``1280x720``, as FFmpeg writes it, to (height, width)."""
+    found = re.fullmatch(r"(\d+)x(\d+)", value)
+    if not found or 0 in (size := (int(found[2]), int(found[1]))):
+        raise click.BadParameter(f"expected WIDTHxHEIGHT such as 1280x720, found {value!r}")
+    height, width = (-(-side // spec.MULTIPLE_OF) * spec.MULTIPLE_OF for side in size)
+    return min(height, spec.LR_SIZES[-1][0]), min(width, spec.LR_SIZES[-1][1])  # larger goes in tiles
+
+
+def _wxh(lr_size: spec.Size) -> str:
+    return "{1}x{0}".format(*lr_size)
+
+
+def _files_of(config: Path) -> list[str]:
+    parsed = text_format.Parse(config.read_text(), pb.ModelConfig())
+    return [parsed.default_model_filename, *parsed.cc_model_filenames.values()]
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--size", default="1280x720", callback=parse_size, help="Frames to be sent, WIDTHxHEIGHT.")
+@click.option("--url", help="gRPC address of a running server, to ask for its version.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def main(size: spec.Size, url: str | None, as_json: bool) -> None:
+    """Check what serving here needs; exit status 1 if something would fail."""
+    findings = examine(size, url)
+    click.echo(json.dumps([asdict(f) for f in findings], indent=2) if as_json else table(findings))
+    sys.exit(any(finding.level == "error" for finding in findings))
+
+
+if __name__ == "__main__":
+    main()
