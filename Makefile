@@ -43,9 +43,6 @@ serve: $(MODELS)  ## Serve model_repository/ on loopback  [SERVE_ARGS=...]
 doctor: setup  ## What serving here will trip over, and the flag that cures it  [DOCTOR="--size 640x360"]
 	$(BIN)/python -m deploy.doctor $(DOCTOR)
 
-doctor: setup  ## What serving here will trip over, and the flag that cures it  [DOCTOR="--size 640x360"]
-	$(BIN)/python -m deploy.doctor $(DOCTOR)
-
 demo: $(MODELS)  ## Upscale a real clip through a real server, and show it beside bicubic
 	$(BIN)/python -m deploy.demo
 
