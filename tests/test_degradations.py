@@ -21,9 +21,7 @@ from export.training.metrics import psnr_y
 def hr() -> Tensor:
     """(2, 3, 3, 192, 256) of real footage: two windows."""
     with av.open(str(sample_clip())) as container:
-        frames = [
-            f.to_ndarray(format="rgb24") for f, _ in zip(container.decode(video=0), range(3), strict=False)
-        ]
+        frames = [f.to_ndarray(format="rgb24") for f in islice(container.decode(video=0), 3)]
     images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
     return torch.stack([images[..., 40:232, 100:356], images[..., 64:256, 300:556]])
 
