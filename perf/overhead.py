@@ -1,7 +1,8 @@
-"""``make bench``: file to file through the server, against bare ONNX Runtime over the same models.
+"""``make bench``: file to file through the server, against perf_analyzer and against bare ONNX Runtime.
 
-The bare loop has its frames in memory and drops its answers: no decoding, no encoding, no transport. Both
-sides have the same cores.
+perf_analyzer sends the same server as many requests at once as the client does, over the same transport,
+and throws the answers away. The bare loop runs the same models in its own process, with its frames in
+memory. Neither decodes nor encodes. All have the same cores.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ from numpy.typing import NDArray
 
 from deploy.embedded.server import ServerError, TritonServer
 from perf import clip, results
+from perf.analyze import measure, warm_up
 from perf.errors import Command, PerfError, one_line
 from perf.machine import machine
-from perf.sweep import MODELS, ROOT, Contract
-from perf.variant import ENSEMBLE, fingerprints, model_file, read_configs
+from perf.plan import Point, Sweep
+from perf.sweep import MODELS, ROOT, WORK, Contract, request_target
+from perf.tools import Analyzer, find_analyzer
+from perf.variant import ENSEMBLE, Serving, fingerprints, model_file, read_configs
 
 SERVED = "served, file to file"
+ANALYZED = "served, as perf_analyzer finds"
+IN_FLIGHT_PER_INSTANCE = 2  # full batches that the client keeps under way
 log = logging.getLogger(__name__)
 
 
@@ -80,26 +86,37 @@ def bare_fps(repository: Path, windows: clip.Frames, batch: int, streams: int, c
     return len(windows) / (time.perf_counter() - started)
 
 
-def served(repository: Path, source: Path, folder: Path) -> dict[str, Any]:
+def served(server: TritonServer, source: Path, folder: Path) -> dict[str, Any]:
     """What the client says when it is done: frames per second, and seconds at work by stage."""
-    try:
-        with TritonServer(repository, folder / "triton.log") as server:
-            command = [
-                sys.executable,
-                str(ROOT / "client/upscale.py"),
-                str(source),
-                str(folder / "upscaled.mp4"),
-            ]
-            command += ["--url", server.grpc_url, "--overwrite", "--json"]
-            log.info("%s", shlex.join(command))
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    except ServerError as err:
-        raise PerfError(one_line(err)) from err
+    command = [sys.executable, str(ROOT / "client/upscale.py"), str(source), str(folder / "upscaled.mp4")]
+    command += ["--url", server.grpc_url, "--overwrite", "--json"]
+    log.info("%s", shlex.join(command))
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     events = [json.loads(line) for line in run.stdout.splitlines()]
     finished = next((event for event in events if event["event"] == "finished"), None)
     if run.returncode or finished is None:
         raise PerfError(f"client/upscale.py ended with status {run.returncode}: its own words are above")
     return dict(finished)
+
+
+def in_flight(repository: Path) -> int:
+    """Requests that the client keeps under way, as it reads them from the configuration."""
+    configs = read_configs(repository, None)
+    stage = configs[configs[ENSEMBLE].ensemble_scheduling.step[0].model_name]
+    instances = sum(group.count for group in stage.instance_group)
+    return IN_FLIGHT_PER_INSTANCE * stage.max_batch_size * instances
+
+
+def analyzed_fps(
+    analyzer: Analyzer, server: TritonServer, repository: Path, size: clip.Size, frames: int
+) -> float:
+    """Frames per second that perf_analyzer gets from the server."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep("overhead", "", frames=frames)
+    point = Point(Serving(), size, 1, in_flight(repository), "system")
+    target = request_target(server, point, Contract.of(repository), WORK)
+    warm_up(analyzer, target, point, sweep.timeout_s)
+    return measure(analyzer, sweep, point, target, None, WORK / "latency.csv").fps
 
 
 def write_clip(path: Path, frames: clip.Frames) -> None:
@@ -115,12 +132,13 @@ def write_clip(path: Path, frames: clip.Frames) -> None:
 
 @click.command(cls=Command)
 @click.option("--size", nargs=2, default=(180, 320), help="Lr height and width.")
-@click.option("--frames", default=40, help="Frames of the clip, at most 130.")
+@click.option("--frames", default=80, help="Frames of the clip, at most 130.")
 @click.option("--rounds", default=3, help="Each side is measured so often, in turns; the median counts.")
 @click.option("--repository", type=click.Path(path_type=Path), default=MODELS)
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
 def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out: Path) -> None:
     """Measure what serving costs, on a clip of real frames."""
+    analyzer = find_analyzer()
     facts = {"machine": machine(), "models": {"default": fingerprints(repository, None)}}
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,11 +152,17 @@ def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out:
             for batch, streams in ((1, 1), (4, 1), (4, 2)):
                 name = f"bare, batch {batch}, {streams} stream{'s' * (streams > 1)}"
                 fps.setdefault(name, []).append(bare_fps(repository, windows, batch, streams, cores))
-                log.info("%-26s %.2f fps", name, fps[name][-1])
-            client = served(repository, folder / "lr.mp4", folder)
-            fps.setdefault(SERVED, []).append(client["fps"])
-            log.info("%-26s %.2f fps", SERVED, client["fps"])
-    bare = {name: median(values) for name, values in fps.items() if name != SERVED}
+                log.info("%-30s %.2f fps", name, fps[name][-1])
+            try:
+                with TritonServer(repository, folder / "triton.log") as server:
+                    analyzed = analyzed_fps(analyzer, server, repository, size, frames // 2)
+                    client = served(server, folder / "lr.mp4", folder)
+            except ServerError as err:
+                raise PerfError(one_line(err)) from err
+            for name, value in ((ANALYZED, analyzed), (SERVED, client["fps"])):
+                fps.setdefault(name, []).append(value)
+                log.info("%-30s %.2f fps", name, value)
+    bare = {name: median(values) for name, values in fps.items() if name not in (SERVED, ANALYZED)}
     best = max(bare, key=lambda name: bare[name])
     result = {
         "kind": "overhead",
@@ -150,10 +174,14 @@ def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out:
         "fps": fps,
         "best_bare": best,
         "served_over_best_bare": median(fps[SERVED]) / bare[best],
+        "served_over_analyzed": median(fps[SERVED]) / median(fps[ANALYZED]),
         "client_stages_s": client["stages_s"],
     }
     path = results.write(out, result)
-    log.info("%s: served %.0f %% of %s", path, 100 * result["served_over_best_bare"], best)
+    log.info(
+        "%s: file to file %.0f %% of what perf_analyzer gets, %.0f %% of %s",
+        path, 100 * result["served_over_analyzed"], 100 * result["served_over_best_bare"], best,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

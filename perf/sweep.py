@@ -116,7 +116,7 @@ class Sweeper:
         """Measure the points of one server."""
         warm = set()
         for point in members:
-            target = self.target(server, point)
+            target = request_target(server, point, self.contract, self.work)
             try:
                 if (point.size, point.batch) not in warm:
                     warm_up(self.analyzer, target, point, self.sweep.timeout_s)
@@ -154,15 +154,16 @@ class Sweeper:
         )
         self.save("running")
 
-    def target(self, server: TritonServer, point: Point) -> Target:
-        """Input data of this size, written once."""
-        height, width = clip.padded(point.size, self.contract.multiple_of)
-        path = self.work / f"windows_{height}x{width}.json"
-        if not path.exists():
-            frames = clip.read_frames(WINDOWS, (height, width))
-            clip.write_input_data(path, self.contract.input_name, clip.windows(frames, self.contract.window))
-        answer = height * width * self.contract.scale**2 * 3  # RGB bytes
-        return Target(server.grpc_url, point.serving.model, path, answer)
+
+def request_target(server: TritonServer, point: Point, contract: Contract, work: Path) -> Target:
+    """Where a point's requests go, and the file of real frames that they carry, written once."""
+    height, width = clip.padded(point.size, contract.multiple_of)
+    path = work / f"windows_{height}x{width}.json"
+    if not path.exists():
+        frames = clip.read_frames(WINDOWS, (height, width))
+        clip.write_input_data(path, contract.input_name, clip.windows(frames, contract.window))
+    answer = height * width * contract.scale**2 * 3  # RGB bytes
+    return Target(server.grpc_url, point.serving.model, path, answer)
 
 
 def report(point: Point, found: Measurement, others_cores: float) -> None:
