@@ -194,8 +194,8 @@ def _overhead(result: Result) -> Section:
             f"{result['frames']} frames of {width}x{height}, x4, {result['encoder']}. perf_analyzer keeps as "
             "many requests under way at the same server. The bare loops run the same ONNX files in one "
             "process, frames in memory. Neither decodes or encodes; all have the same cores.",
-            f"Decoded, served and encoded: {analyzed}**{result['served_over_best_bare']:.0%}** of the best bare "
-            f"loop ({result['best_bare']}). The client's slowest stage is {slowest} ({busy}).",
+            f"Decoded, served and encoded: {analyzed}**{result['served_over_best_bare']:.0%}** of the best "
+            f"bare loop ({result['best_bare']}). The client's slowest stage is {slowest} ({busy}).",
         ),
         Table(("side", "frames/s"), [(name, figure.text(2)) for name, figure in figures.items()]),
         plots.bars(figures, "frames/s"),
