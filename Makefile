@@ -5,6 +5,7 @@ SERVE_ARGS ?=
 SWEEP ?=
 LADDER_ARGS ?=
 BASE ?=
+EVALUATE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench ladder report clean
+.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -79,6 +80,9 @@ ladder: setup  ## Every rung from PyTorch FP32 to the fastest served, measured h
 
 report: setup  ## Draw perf/REPORT.md, perf/report.html and README's ladder from perf/results/  [BASE=folder]
 	$(BIN)/python -m perf.report --readme README.md $(if $(BASE),--base $(BASE))
+
+evaluate: setup  ## Score CHECKPOINT="a b ..." beside bicubic  CLIPS=folder VALIDATION=list  [EVALUATE_ARGS=...]
+	$(BIN)/python -m export evaluate $(foreach file,$(CHECKPOINT),--checkpoint $(file)) --clips $(CLIPS) --validation $(VALIDATION) $(EVALUATE_ARGS)
 
 clean:  ## Remove what was built, but not .venv
 	rm -rf build model_repository/*/1/model*
