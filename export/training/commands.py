@@ -35,6 +35,14 @@ log = logging.getLogger(__name__)
 @click.option(
     "--objective", type=click.Choice(["fidelity", "flow"]), default="fidelity", help="flow: the flow alone."
 )
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    help="Checkpoint whose answers are learned too.",
+)
+@click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
+@click.option("--flow-lr", default=1.0, help="Learning rate of the flow over that of the generator.")
+@click.option("--freeze-flow", default=0, help="Steps before the flow is trained.")
 @click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
 @click.option("--widths", default="pruned", help="Width table.")
 @click.option("--steps", default=20_000)
@@ -46,10 +54,11 @@ log = logging.getLogger(__name__)
 @click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
-    objective: str, photo_share: float, widths: str, steps: int, batch: int, patch: int, lr: float,
+    objective: str, teacher: Path | None, teacher_weight: float, flow_lr: float, freeze_flow: int,
+    photo_share: float, widths: str, steps: int, batch: int, patch: int, lr: float,
     seed: int, bf16: bool, validate_every: int,
 ) -> None:  # fmt: skip
-    """Train the generator for fidelity; Ctrl-C saves, the same command goes on."""
+    """Train the generator for fidelity, or after a teacher; Ctrl-C saves, the same command goes on."""
     from export.checkpoint import load_checkpoint
     from export.network import WIDTHS
     from export.spec import MULTIPLE_OF, SCALE
@@ -61,9 +70,15 @@ def train(
         raise ExportError(f"expected --widths to be one of {', '.join(WIDTHS)}, found {widths!r}")
     if patch % (SCALE * MULTIPLE_OF):
         raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
+    if objective == "flow" and (teacher or freeze_flow):
+        raise ExportError(
+            "expected --objective flow alone, found --teacher or --freeze-flow, which leave it nothing "
+            "to do; drop them, or train for fidelity"
+        )
     held_back = validation.read_text().split()
     options = TrainOptions(
-        objective=objective, photo_share=photo_share, widths=widths, steps=steps, batch=batch, patch=patch,
+        objective=objective, teacher_weight=teacher_weight, flow_lr=flow_lr, freeze_flow=freeze_flow,
+        photo_share=photo_share, widths=widths, steps=steps, batch=batch, patch=patch,
         lr=lr, seed=seed, bf16=bf16, validate_every=validate_every,
     )  # fmt: skip
     validation_clips = load_folder(clips, cache, min_side=patch, names=held_back)
@@ -72,7 +87,8 @@ def train(
     start = load_checkpoint(init) if init else None
     if start and start.widths.name != widths:
         raise ExportError(f"expected --init of the {widths!r} widths, found {start.widths.name!r}")
-    Trainer(options, training_clips, training_photos, validation_clips, out, start).run()
+    master = load_checkpoint(teacher) if teacher else None
+    Trainer(options, training_clips, training_photos, validation_clips, out, start, master).run()
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Stage 1 of the papers' training, fidelity: the generator alone, pixel and flow losses, resumable."""
+"""Training of the generator alone, resumable: for fidelity, for its flow, or after a teacher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 
 from export.checkpoint import save_checkpoint
@@ -56,6 +58,12 @@ class TrainOptions:
     flow_smoothness: float = 0.05
     motion_weight: float = 0.1
     """Of the known motion of photos, beside the warp loss."""
+    teacher_weight: float = 1.0
+    """Of the distance to the teacher's answer, beside the distance to the truth; used with a teacher."""
+    flow_lr: float = 1.0
+    """Learning rate of the flow over that of the generator."""
+    freeze_flow: int = 0
+    """Steps before the flow is trained: a good flow outlives a generator that still learns to use it."""
     clip_norm: float = 0.5
     ema: float = 0.999
     seed: int = 0
@@ -75,8 +83,22 @@ class Trainer:
         validation: Sequence[Clip],
         out: Path,
         init: MstGan | None = None,
+        teacher: MstGan | None = None,
     ) -> None:
-        """Start afresh, from ``init``'s weights, or where ``out`` left off."""
+        """Start afresh, from ``init``'s weights, or where ``out`` left off.
+
+        Args:
+            options: what decides the result.
+            clips: footage to train on.
+            photos: still images to train on, may be empty.
+            validation: footage to score on.
+            out: run folder, created if missing.
+            init: weights to start from, of the same widths.
+            teacher: a network, of any widths, whose answers are learned beside the truth.
+
+        Raises:
+            ExportError: ``out`` holds a run that these options cannot go on with.
+        """
         self.options, self.validation, self.out = options, validation, out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(options.seed)
@@ -86,9 +108,12 @@ class Trainer:
             self.network.load_state_dict(init.state_dict())
         self.ema = MstGan(self.network.widths).to(self.device)
         self.ema.load_state_dict(self.network.state_dict())
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=options.lr, betas=(0.9, 0.99), fused=True
-        )
+        self.teacher = teacher.to(self.device).eval().requires_grad_(False) if teacher else None
+        groups = [
+            {"params": list(self.network.flow_align.parameters()), "scale": options.flow_lr},
+            {"params": list(self.network.generator.parameters()), "scale": 1.0},
+        ]
+        self.optimizer = torch.optim.Adam(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
         self.sampler = WindowSampler(
             clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed
         )
@@ -104,28 +129,51 @@ class Trainer:
                 f"expected {self.out} to hold a run of the {self.options.widths!r} widths, "
                 f"found {state['widths']!r}; choose another --out"
             )
+        found = len(state["optimizer"]["param_groups"])
+        if found != len(self.optimizer.param_groups):
+            raise ExportError(
+                f"expected {self.out / STATE_FILE} with {len(self.optimizer.param_groups)} learning rates, "
+                f"found {found}: an older version wrote it; choose another --out, with --init "
+                f"{self.out / EMA_FILE}"
+            )
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # The options of this run count, as for the learning rate itself.
+        self.optimizer.param_groups[0]["scale"] = self.options.flow_lr
         self.step = state["step"]
         log.info("resumed %s at step %d", self.out, self.step)
 
     def save(self) -> None:
-        """Write the state, then the averaged weights; a full disk leaves the previous ones."""
+        """Write the state, then the averaged weights.
+
+        Raises:
+            ExportError: the disk is full, say; the previous file is intact.
+        """
         partial = self.out / f"{STATE_FILE}.part"
-        torch.save(
-            {
-                "widths": self.options.widths,
-                "step": self.step,
-                "network": self.network.state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            partial,
-        )
-        os.replace(partial, self.out / STATE_FILE)
-        recipe = json.dumps({**asdict(self.options), "step": self.step, "device": self.device.type})
-        save_checkpoint(self.ema, self.out / EMA_FILE, {"recipe": recipe})
+        state = {
+            "widths": self.options.widths,
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        recipe = {
+            **asdict(self.options),
+            "teacher": self.teacher.widths.name if self.teacher else None,
+            "step": self.step,
+            "device": self.device.type,
+        }
+        try:
+            torch.save(state, partial)
+            os.replace(partial, self.out / STATE_FILE)
+            save_checkpoint(self.ema, self.out / EMA_FILE, {"recipe": json.dumps(recipe)})
+        except (OSError, RuntimeError, SafetensorError) as err:  # torch reports a full disk as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise ExportError(
+                f"expected to save step {self.step} to {self.out}, found {str(err).partition(chr(10))[0]}; "
+                "what was saved before is intact: make room and start again to resume from it"
+            ) from err
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, plateau, half cosine: the plateau lets a run be prolonged without a restart."""
@@ -148,13 +196,29 @@ class Trainer:
             return motion, {"flow": motion.item()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
             subpixels = self.network.generator.generate(frames, flow, aligned)
-        pixel = charbonnier(subpixels.float(), F.pixel_unshuffle(batch.hr_windows[:, t // 2], SCALE))
-        return pixel + self.options.flow_weight * motion, {"pixel": pixel.item(), "flow": motion.item()}
+        answer = subpixels.float()
+        pixel = charbonnier(answer, F.pixel_unshuffle(batch.hr_windows[:, t // 2], SCALE))
+        total = pixel + self.options.flow_weight * motion
+        parts = {"pixel": pixel.item(), "flow": motion.item()}
+        if self.teacher:
+            imitation = charbonnier(answer, self._taught(self.teacher, frames))
+            total = total + self.options.teacher_weight * imitation
+            parts["teacher"] = imitation.item()
+        return total, parts
+
+    @torch.no_grad()
+    def _taught(self, teacher: MstGan, frames: Tensor) -> Tensor:
+        """The teacher's sub-pixels, (N, 48, h, w) float32, in the arithmetic of the student."""
+        flow, aligned, _ = teacher.flow_align.align(frames)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            return teacher.generator.generate(frames, flow, aligned).float()
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update; raises ExportError when the loss stops being a number."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+            group["lr"] = group["scale"] * self.learning_rate(self.step)
+        # Without gradients Adam leaves the parameters and their moments alone, and the step is cheaper.
+        self.network.flow_align.requires_grad_(self.step >= self.options.freeze_flow)
         self.optimizer.zero_grad(set_to_none=True)
         total, parts = self.loss(batch)
         if not torch.isfinite(total):
@@ -185,20 +249,23 @@ class Trainer:
         """Train to the last step, saving and validating on the way and when interrupted."""
         o = self.options
         log_path = self.out / LOG_FILE
-        fields = ["step", "pixel", "flow", "lr", "step_s", "gain_db"]
+        fields = ["step", "pixel", "teacher", "flow", "lr", "step_s", "gain_db"]
         is_new = not log_path.exists()
+        if not is_new:
+            with log_path.open(newline="") as log_file:
+                fields = next(csv.reader(log_file), fields)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             log_path.open("a", newline="") as log_file,
             ThreadPoolExecutor(1) as loader,
             Progress(*columns) as progress,
         ):
-            rows = csv.DictWriter(log_file, fields)
+            rows = csv.DictWriter(log_file, fields, extrasaction="ignore")
             if is_new:
                 rows.writeheader()
             task = progress.add_task("training", total=o.steps, completed=self.step)
             pending = loader.submit(self.sampler.batch, self.step, o.batch)
-            sums: dict[str, float] = {"pixel": 0.0, "flow": 0.0}
+            sums: dict[str, float] = defaultdict(float)
             started = time.perf_counter()
             try:
                 while self.step < o.steps:
@@ -210,7 +277,8 @@ class Trainer:
                     if self.step % LOG_EVERY:
                         continue
                     step_s = (time.perf_counter() - started) / LOG_EVERY
-                    progress.update(task, description=f"pixel {sums['pixel']:.5f}  flow {sums['flow']:.5f}")
+                    described = "  ".join(f"{name} {value:.5f}" for name, value in sums.items())
+                    progress.update(task, description=described)
                     row: dict[str, object] = {
                         "step": self.step,
                         "lr": self.learning_rate(self.step),
@@ -222,7 +290,7 @@ class Trainer:
                         self.save()
                     rows.writerow(row)
                     log_file.flush()
-                    sums = dict.fromkeys(sums, 0.0)
+                    sums.clear()
                     started = time.perf_counter()
             except KeyboardInterrupt:
                 log.info("interrupted at step %d; the same command goes on from here", self.step)
