@@ -1,0 +1,157 @@
+"""Stages after the first: learning from a teacher, a flow that is spared, saves that fail."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from tiny_network import TINY, shake
+
+from export.__main__ import main
+from export.checkpoint import load_checkpoint, save_checkpoint
+from export.errors import ExportError
+from export.network import WIDTHS, MstGan
+from export.training.footage import SEGMENT, Clip
+from export.training.trainer import Trainer, TrainOptions
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
+    monkeypatch.delenv("VSR_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    """A smooth picture that moves by (2, 3) pixels per frame."""
+    noise = torch.rand(1, 3, 10, 12, generator=torch.Generator().manual_seed(0))
+    picture = (F.interpolate(noise, scale_factor=12, mode="bicubic")[0].clamp(0, 1) * 255).byte().numpy()
+    frames = [picture[:, 2 * t : 2 * t + 96, 3 * t : 3 * t + 112] for t in range(SEGMENT)]
+    return Clip("moving", np.stack(frames).transpose(0, 2, 3, 1)[None])
+
+
+@pytest.fixture
+def teacher() -> MstGan:
+    return shake(MstGan(TINY))
+
+
+def options(**changes: object) -> TrainOptions:
+    small = {
+        "widths": TINY.name, "steps": STEPS, "batch": 2, "patch": 64, "warmup": 1, "validate_every": 2,
+        "bf16": False,
+    }  # fmt: skip
+    return TrainOptions(**{**small, **changes})
+
+
+def flow_of(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.network.flow_align.parameters()]
+
+
+def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+    trainer = Trainer(
+        options(steps=1000, lr=2e-3, teacher_weight=10.0), [clip], [], [clip], tmp_path / "run", None, teacher
+    )
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    batch = trainer.sampler.batch(0, 2)
+    distances = [trainer.train_step(batch)["teacher"] for _ in range(40)]
+    assert distances[-1] < 0.8 * distances[0]
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+    def total(weight: float) -> tuple[float, float]:
+        o = options(teacher_weight=weight)
+        trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+        loss, parts = trainer.loss(trainer.sampler.batch(0, 2))
+        return loss.item(), parts["teacher"]
+
+    (alone, distance), (both, _) = total(0.0), total(3.0)
+    assert distance > 1e-3
+    assert both - alone == pytest.approx(3 * distance, rel=1e-3)
+
+
+def test_a_network_is_its_own_perfect_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+    trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", teacher, teacher)
+    _, parts = trainer.loss(trainer.sampler.batch(0, 2))
+    assert parts["teacher"] == pytest.approx(1e-3, abs=1e-6)  # Charbonnier of nothing
+
+
+def test_flow_is_spared_then_trained_at_its_own_rate(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+    o = options(steps=1000, freeze_flow=2, flow_lr=0.25)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", teacher)
+    batch, start = trainer.sampler.batch(0, 2), flow_of(trainer)
+    for _ in range(2):
+        trainer.train_step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(start, flow_of(trainer), strict=True))
+    trainer.train_step(batch)
+    # Adam's first update moves a parameter by its learning rate, whatever the gradient's size.
+    moved = max(float((a - b).abs().max()) for a, b in zip(start, flow_of(trainer), strict=True))
+    assert moved == pytest.approx(0.25 * trainer.learning_rate(2), rel=0.05)
+
+
+def test_resumed_student_equals_an_unbroken_one(
+    clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.training.trainer.LOG_EVERY", 2)
+    o = options(freeze_flow=1, flow_lr=0.5)
+
+    def trainer(name: str) -> Trainer:
+        return Trainer(o, [clip], [], [clip], tmp_path / name, None, teacher)
+
+    trainer("whole").run()
+    stopped = trainer("parts")
+    for step in range(2):
+        stopped.train_step(stopped.sampler.batch(step, 2))
+    stopped.save()
+    trainer("parts").run()
+    whole, parts = (load_checkpoint(tmp_path / name / "ema.safetensors") for name in ("whole", "parts"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    rows = list(csv.DictReader((tmp_path / "whole" / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(float(row["teacher"]) > 0 for row in rows)
+
+
+def test_full_disk_keeps_what_was_saved(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    trainer = Trainer(options(), [clip], [], [clip], out)
+    trainer.save()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    trainer.train_step(trainer.sampler.batch(0, 2))
+
+    def full(_: object, path: Path) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise RuntimeError("PytorchStreamWriter failed writing file: no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ExportError, match=r"expected to save step 1 .* no space left; what was saved before"):
+        trainer.save()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_state_of_an_older_version_is_refused(clip: Clip, tmp_path: Path) -> None:
+    trainer = Trainer(options(), [clip], [], [clip], tmp_path)
+    trainer.save()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["optimizer"] = torch.optim.Adam(trainer.network.parameters()).state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ExportError, match=r"expected .* with 2 learning rates, found 1"):
+        Trainer(options(), [clip], [], [clip], tmp_path)
+
+
+def test_flow_alone_takes_no_teacher(teacher: MstGan, tmp_path: Path) -> None:
+    save_checkpoint(teacher, tmp_path / "teacher.safetensors", {})
+    (tmp_path / "held_back.txt").write_text("a.mp4\n")
+    arguments = [
+        "train", "--clips", tmp_path, "--validation", tmp_path / "held_back.txt", "--out", tmp_path / "run",
+        "--widths", TINY.name, "--patch", 64, "--objective", "flow",
+        "--teacher", tmp_path / "teacher.safetensors",
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 1
+    assert "expected --objective flow alone" in result.output
