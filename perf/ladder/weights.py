@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -74,6 +75,7 @@ def widen(narrow: MstGan, widths: Widths) -> MstGan:
     return wide.eval().requires_grad_(False)
 
 
+@cache
 def cost(name: str, size: Size) -> tuple[int, float]:
     """Parameters, and operations per frame (2 x MAC, convolutions) at an lr size.
 
