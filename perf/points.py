@@ -22,6 +22,7 @@ SETTINGS = (
 AS_COMMITTED = "as committed"
 GENERATOR = "generator"
 FUSED = "fused"
+QUIET_CORES = 0.15  # what a system does by itself
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from perf.document import Section, Table, source_of
 from perf.ladder.table import ladder_sections
 from perf.peers.table import peers_sections
 from perf.plan import sweep_names
-from perf.points import Figure, Measured, described, measured, varying
+from perf.points import QUIET_CORES, Figure, Measured, described, measured, varying
 from perf.results import Result
 
 RATES_FPS = (24, 30)
 LOOK_AHEAD_FRAMES = 1  # the window's last frame must have come before its centre frame can be sent
-QUIET_CORES = 0.15  # what a system does by itself
 STAGES = ("flow_align", "generator", "pixel_shuffle")
 AXES = {"queue_delay_us": "queue delay, us", "concurrency": "requests in flight"}
 

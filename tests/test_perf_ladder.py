@@ -25,6 +25,7 @@ from perf.ladder import __main__ as ladder
 from perf.ladder import bench, rungs, table, weights
 from perf.ladder.bench import Bench, Found
 from perf.ladder.load import run_load
+from perf.ladder.memory import Peak
 from perf.ladder.pace import enough, steady_fps
 from perf.ladder.rungs import CannotRunError, Rung
 from perf.ladder.weights import Weights
@@ -172,8 +173,9 @@ def climb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Climb:
             if isinstance(value, Exception):
                 raise value
             answers = (truth // 2 * 2).astype(np.uint8) if rung.target == "cpu" else truth ^ 1
+            peak = Peak(100.0, None, 1.5 if rung.key == "pruned-fp32" else 0.0)
             direct = [] if rung.target is None else [value * 2]
-            return Found([value.pop(0) if isinstance(value, list) else value], answers, 100.0, None, direct)
+            return Found([value.pop(0) if isinstance(value, list) else value], answers, peak, direct)
 
         monkeypatch.setattr(Bench, "run", measure)
         result = CliRunner().invoke(ladder.main, ["--size", "16x16", "--out", str(tmp_path), *arguments])
@@ -298,6 +300,7 @@ def test_report_and_readme(climb: Climb, tmp_path: Path) -> None:
     assert text.endswith(f"{table.END}\nafter\n")
     assert "old" not in text
     assert text.count("| pruned, INT8 | ") == 1
+    assert text.count("| ! pruned, FP32 | ") == text.count("| ! ") == 1  # others were at work meanwhile
     assert "| student, INT8, two instances, batch 4 |" in text
     section = (tmp_path / "REPORT.md").read_text()
     assert found["machine"]["cpu"] in section

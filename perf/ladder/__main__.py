@@ -81,12 +81,13 @@ class Ladder:
             self.failed.append(f"{rung.name}: {one_line(err)}")
             return {**row, "why": f"failed: {one_line(err)}"}
         row |= {
-            "peak_memory_mb": found.peak_memory_mb,
+            "peak_memory_mb": found.peak.processes,
             "fps_rounds": found.fps,
             "checkpoint": weights.path.name,
         }
-        if found.gpu_memory_mb is not None:
-            row["gpu_memory_mb"] = found.gpu_memory_mb
+        row["others_cores"] = found.peak.others_cores
+        if found.peak.gpu is not None:
+            row["gpu_memory_mb"] = found.peak.gpu
         if found.bare_fps:
             row["bare_fps_rounds"] = found.bare_fps
             row["serving_cost"] = round(median(found.bare_fps) / median(found.fps) - 1, 4)
@@ -106,7 +107,8 @@ class Ladder:
             self.failed.append(f"{FIRST_RUNG.name}, again: {one_line(err)}")
             return
         first["fps_rounds"] += again.fps
-        first["peak_memory_mb"] = max(first["peak_memory_mb"], again.peak_memory_mb)
+        first["peak_memory_mb"] = max(first["peak_memory_mb"], again.peak.processes)
+        first["others_cores"] = max(first["others_cores"], again.peak.others_cores)
         log.info("  from start to end it changed by %.1f %%", spread_percent(first["fps_rounds"]))
 
     def relate(self) -> None:

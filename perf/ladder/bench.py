@@ -20,7 +20,7 @@ from deploy.embedded.server import ServerError, TritonServer
 from perf.clip import Frames, windows
 from perf.errors import PerfError, one_line
 from perf.ladder.load import Tensors, run_load
-from perf.ladder.memory import watched
+from perf.ladder.memory import Peak, watched
 from perf.ladder.pace import steady_fps
 from perf.ladder.rungs import Rung
 from perf.ladder.weights import Weights
@@ -38,8 +38,7 @@ class Found:
     fps: list[float]
     """Of each round."""
     answers: Frames
-    peak_memory_mb: float
-    gpu_memory_mb: float | None = None
+    peak: Peak
     bare_fps: list[float] = field(default_factory=list)
     """The same ONNX files called in one process, between the served rounds; empty: not measured."""
 
@@ -99,7 +98,7 @@ class Bench:
                 raise
         if process.returncode:
             raise PerfError(f"PyTorch ended with status {process.returncode}: {_last_line(errors)}")
-        return Found([steady_fps(json.loads(output), 1)], np.load(answers), peak.processes, peak.gpu)
+        return Found([steady_fps(json.loads(output), 1)], np.load(answers), peak)
 
     def export(self, widths: str, target: str, weights: Weights) -> Path:
         """The repository of these weights for a target, exported once a run."""
@@ -148,7 +147,7 @@ class Bench:
                         bare.append(bare_fps(models, again, rung.batch, rung.instances, self.cores))
                     log.info("  served %.2f fps%s", fps[-1], f", bare {bare[-1]:.2f}" if bare else "")
         assert answers is not None
-        return Found(fps, answers, peak.processes, peak.gpu, bare)
+        return Found(fps, answers, peak, bare)
 
 
 def tensors_of(repository: Path) -> Tensors:

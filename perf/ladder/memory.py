@@ -1,15 +1,16 @@
-"""The most memory that a group of processes had while something was going on."""
+"""What a group of processes took while something was going on: its most memory, and who else was at work."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from perf.counters import session_memory_mb
+from perf.counters import others_cpu_s, session_memory_mb
 
 INTERVAL_S = 0.25
 
@@ -22,6 +23,8 @@ class Peak:
     """Of all processes of the session, shared pages counted once."""
     gpu: float | None = None
     """Of the GPU, whoever uses it; None: there is none."""
+    others_cores: float = 0.0
+    """Processor cores that neither the session nor this process used, on average; known at the end."""
 
     def look(self, session: int) -> None:
         """Measure once."""
@@ -34,6 +37,7 @@ class Peak:
 def watched(session: int) -> Iterator[Peak]:
     """Watch the processes of a session."""
     peak, stop = Peak(), threading.Event()
+    others_s, started_s = others_cpu_s(session), time.monotonic()
 
     def watch() -> None:
         while not stop.wait(INTERVAL_S):
@@ -44,6 +48,8 @@ def watched(session: int) -> Iterator[Peak]:
     try:
         yield peak
         peak.look(session)
+        elapsed_s = time.monotonic() - started_s
+        peak.others_cores = max(0.0, round((others_cpu_s(session) - others_s) / elapsed_s, 2))
     finally:
         stop.set()
         thread.join()

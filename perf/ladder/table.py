@@ -8,6 +8,7 @@ from typing import Any
 from perf import plots
 from perf.document import Section, Table, source_of
 from perf.errors import PerfError
+from perf.points import QUIET_CORES
 from perf.results import Result
 
 BEGIN, END = "<!-- ladder: drawn by `make report` -->", "<!-- end of ladder -->"
@@ -49,6 +50,8 @@ def write_readme(path: Path, result: Result, table: list[str]) -> None:
         f"{_size(result)} -> x4, {machine['cpu']}, {result['cores']} cores, {machine['gpu'] or 'no GPU'}, "
         f"{machine['date']}; details in [perf/REPORT.md](perf/REPORT.md):"
     )
+    if any(row.get("others_cores", 0.0) > QUIET_CORES for row in result["rows"]):
+        head += " `!`: measured while other programs were at work, so not to be quoted."
     path.write_text("\n".join([before + BEGIN, head, "", *table, END]) + after)
 
 
@@ -69,6 +72,11 @@ def _ladder(result: Result) -> Section:
         text.append(
             f"The first row was measured before and after all others; its frames/s differ by "
             f"**{first['spread_percent']:.1f} %**. Smaller differences between rows mean nothing."
+        )
+    if disturbed := [row["name"] for row in rows if row.get("others_cores", 0.0) > QUIET_CORES]:
+        text.append(
+            f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile, in {len(disturbed)} of "
+            f"{len(rows)} rows. **Do not quote these figures.**"
         )
     notes = [f"{row['name']}: {row[key]}." for row in rows for key in ("note", "why") if key in row]
     if memory := _memory(rows):
@@ -126,8 +134,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         ("fps", "{:.2f}", 1), ("ratio", "{:.2f}x", 1), ("peak_memory_mb", "{:.0f}", 1),
         ("psnr_db", "{:.2f}", 1), ("psnr_loss_db", "{:+.3f}", 1), ("ssim", "{:.4f}", 1), ("tof", "{:.4f}", 1),
     )  # fmt: skip
+    mark = "! " if row.get("others_cores", 0.0) > QUIET_CORES else ""
     return (
-        row["name"],
+        mark + row["name"],
         *(NOTHING if row[key] is None else text.format(row[key] / unit) for key, text, unit in formats),
     )
 
