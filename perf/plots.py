@@ -94,7 +94,7 @@ def rungs(rows: Sequence[Mapping[str, Any]]) -> str:
         (
             "frames/s",
             "fps",
-            lambda row: f" {row['fps']:.2f}" + (f" = {row['ratio']:.1f}x" if row["ratio"] else ""),
+            lambda row: f" {row['fps']:.2f}" + (f" ({row['ratio']:.1f}x)" if row["ratio"] else ""),
         ),
         ("peak memory, MB", "peak_memory_mb", lambda row: f" {row['peak_memory_mb']:.0f}"),
         ("PSNR-Y lost, dB", "psnr_loss_db", lambda row: f" {row['psnr_loss_db'] or 0:+.3f}"),

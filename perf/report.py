@@ -21,7 +21,8 @@ FOLDER = Path(__file__).parent
 TITLE = "MST-GAN on Triton, measured"
 INTRODUCTION = (
     "Drawn by `make report` from `perf/results/`; every part says where, when and with what it was measured. "
-    "Frames are real ones of a moving street scene, x4. Sizes are those of the frame that is sent."
+    "Frames are real ones of a moving street scene, x4, unless a part says otherwise. "
+    "Sizes are those of the frame that is sent."
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto }
