@@ -71,7 +71,7 @@ def test_a_limit_that_is_not_a_number_fails(verdict: Verdict) -> None:
 
 def test_flicker_is_seen_where_single_frames_are_as_good(stages: dict[str, Path]) -> None:
     """Every second frame shifted by a pixel: its PSNR falls with the shift, its flow is off by the shift."""
-    _, truth = gates.reduced_windows(gates.FIRST, 4)
+    _, truth = gates.reduced_windows(gates.SPOTS[1], 4)
     shaken = truth.copy()
     shaken[1::2] = np.roll(shaken[1::2], 1, axis=2)
     assert tof(truth, flows(truth)) == 0

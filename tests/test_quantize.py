@@ -113,6 +113,22 @@ def test_activations_are_unsigned_and_weights_signed_per_channel(int8: Path) -> 
     assert checked == len(convolutions) - 1
 
 
+def test_the_file_is_a_valid_graph_in_topological_order(int8: Path) -> None:
+    onnx.checker.check_model(onnx.load(int8), full_check=True)
+
+
+def test_no_pair_of_products_exceeds_16_bits(int8: Path) -> None:
+    """Whichever two weights of a filter are added first, with activations at their highest."""
+    graph = onnx.load(int8).graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    filters = [array.astype(int) for array in values.values() if array.dtype == np.int8 and array.ndim == 4]
+    assert filters
+    for array in filters:
+        lowest_first = np.sort(array.reshape(len(array), -1), axis=1)
+        assert 255 * lowest_first[:, -2:].sum(axis=1).max() <= np.iinfo(np.int16).max
+        assert 255 * lowest_first[:, :2].sum(axis=1).min() >= np.iinfo(np.int16).min
+
+
 @pytest.mark.parametrize("lr_size", [(16, 1152), (1152, 16)])
 def test_positions_are_finer_than_256_steps(fp32: Path, int8: Path, lr_size: spec.Size) -> None:
     inputs = feeds(lr_size)
