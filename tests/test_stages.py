@@ -68,7 +68,7 @@ def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_pat
         o = options(teacher_weight=weight)
         trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
         loss, parts = trainer.loss(trainer.sampler.batch(0, 2))
-        return loss.item(), parts["teacher"]
+        return loss.item(), float(parts["teacher"])
 
     (alone, distance), (both, _) = total(0.0), total(3.0)
     assert distance > 1e-3
@@ -78,7 +78,22 @@ def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_pat
 def test_a_network_is_its_own_perfect_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
     trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", teacher, teacher)
     _, parts = trainer.loss(trainer.sampler.batch(0, 2))
-    assert parts["teacher"] == pytest.approx(1e-3, abs=1e-6)  # Charbonnier of nothing
+    assert float(parts["teacher"]) == pytest.approx(1e-3, abs=1e-6)  # Charbonnier of nothing
+
+
+def test_flicker_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+    def total(weight: float) -> tuple[float, dict[str, torch.Tensor]]:
+        o = options(temporal_weight=weight)
+        trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", teacher)
+        loss, parts = trainer.loss(trainer.sampler.batch(0, 2, length=5))
+        return loss.item(), parts
+
+    (little, parts), (more, _) = total(1.0), total(3.0)
+    assert parts["temporal"] > 1e-3
+    assert more - little == pytest.approx(2 * float(parts["temporal"]), rel=1e-3)
+    trainer = Trainer(options(temporal_weight=1.0), [clip], [], [clip], tmp_path / "trained", teacher)
+    trainer.run()
+    assert trainer.step == STEPS
 
 
 def test_flow_is_spared_then_trained_at_its_own_rate(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:

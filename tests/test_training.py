@@ -24,11 +24,11 @@ from export.network.warp import backward_warp
 from export.sample import sample_clip
 from export.training.evaluation import evaluate, mean
 from export.training.footage import SEGMENT, Clip, load_clip, load_folder, truth_factor
-from export.training.losses import flow_loss, motion_loss, true_flow
+from export.training.losses import flow_loss, motion_loss, temporal_loss, true_flow
 from export.training.metrics import luma, psnr_y, ssim_y
 from export.training.pictures import COLUMN_PX
 from export.training.trainer import Trainer, TrainOptions
-from export.training.windows import Batch, WindowSampler, downscale
+from export.training.windows import Batch, WindowSampler, downscale, windowed
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +156,35 @@ def test_known_motion_is_the_motion() -> None:
     assert motion_loss([estimate], batch.motion[:, :1] * torch.nan, (128, 128)) == 0
 
 
+def test_long_crops_are_windows_in_a_row(footage: Path, tmp_path: Path) -> None:
+    clips = load_folder(footage, tmp_path, min_side=64)
+    photo = Clip("photo", np.random.default_rng(0).integers(0, 255, (1, 1, 192, 192, 3), dtype=np.uint8))
+    sampler = WindowSampler(clips, [photo], patch=64, photo_share=0.5, seed=1)
+    batch = sampler.batch(7, 6, length=5)
+    assert batch.hr_windows.shape == (6, 5, 3, 64, 64)
+    windows = windowed(*batch)
+    assert windows.hr_windows.shape == (18, 3, 3, 64, 64)
+    assert torch.equal(windows.hr_windows[4], batch.hr_windows[1, 1:4])
+    known = ~windows.motion.isnan().flatten(1).any(1).view(6, 3)
+    assert 0 < known.sum() < 18
+    assert torch.equal(known.all(1), known.any(1))
+    # A point that goes to the next frame and from there back to the one before is where it was.
+    first, second = windows.motion.view(6, 3, 2, 2, 3)[known.all(1)][0, :2]
+    last_row = torch.tensor([[0.0, 0.0, 1.0]])
+    to_next, back = torch.cat((first[1], last_row)), torch.cat((second[0], last_row))
+    torch.testing.assert_close(back @ to_next, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_held_footage_gives_the_same_batches(footage: Path, tmp_path: Path) -> None:
+    clips = load_folder(footage, tmp_path, min_side=64)
+    from_disk, held = (
+        WindowSampler(clips, [], patch=64, photo_share=0, seed=1, device=device)
+        for device in (None, torch.device("cpu"))
+    )
+    assert held.held
+    assert torch.equal(from_disk.batch(3, 4, 5).hr_windows, held.batch(3, 4, 5).hr_windows)
+
+
 def test_downscale_equals_pillow() -> None:
     picture = np.random.default_rng(0).random((64, 96), dtype=np.float32)
     expected = Image.fromarray(picture, mode="F").resize((24, 16), Image.Resampling.BICUBIC)
@@ -177,6 +206,39 @@ def test_flow_loss_prefers_the_true_motion() -> None:
     torn = moved + torch.randn(1, 2, 32, 40)
     assert loss(torn, smoothness=1.0) > loss(torn, smoothness=0.0)
     assert loss(moved, smoothness=1.0) == pytest.approx(loss(moved, smoothness=0.0))
+
+
+def test_temporal_loss_sees_flicker_and_not_motion() -> None:
+    """Of a picture that moves by (8, 0) hr pixels: errors that move along cost nothing."""
+    noise = torch.rand(1, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    wide = F.interpolate(noise, scale_factor=8, mode="bicubic").clamp(0, 1)  # (1, 3, 128, 160)
+    n, k, h, w = 1, 3, 128, 128
+
+    def moving(picture: torch.Tensor) -> torch.Tensor:
+        return torch.stack([picture[..., 8 * t : 8 * t + w] for t in range(k)], 1)
+
+    flow = torch.zeros(2 * n * k, 2, h // 8, w // 8)  # to t-1, to t+1 for each of three windows
+    flow[0::2, 0], flow[1::2, 0] = 1, -1  # of 8 hr pixels
+    lr = torch.rand(n * k, 3, h // 4, w // 4)
+    aligned = torch.cat((lr, lr, lr), 1)
+    error = torch.randn(wide.shape, generator=torch.Generator().manual_seed(1))
+    still = error[:, None, :, :, :w].expand(n, k, -1, -1, -1)
+    blinking = moving(error) * torch.tensor([1.0, -1.0, 1.0]).view(1, k, 1, 1, 1)
+    along = moving(error)
+
+    def loss(errors: torch.Tensor, aligned: torch.Tensor = aligned) -> float:
+        return float(temporal_loss(errors, flow, aligned))
+
+    # Borders repeat, and so what came into view at the edge is missed: 8 of 128 columns.
+    assert loss(along) < 0.1 * loss(still)
+    assert loss(blinking) > 1.2 * loss(still)
+    torn = torch.cat((lr, lr, lr + 0.5), 1)
+    assert loss(blinking, torn) == 0
+    half = torn.clone()
+    half[..., : w // 8] = aligned[..., : w // 8]
+    left = blinking.clone()
+    left[..., w // 2 + 8 :] *= 100
+    assert loss(left, half) < 2 * loss(blinking)
 
 
 def options(**changes: object) -> TrainOptions:
@@ -205,6 +267,50 @@ def test_resumed_run_equals_an_unbroken_one(
     rows = list(csv.DictReader((tmp_path / "whole" / "log.csv").open()))
     assert [row["step"] for row in rows] == ["3", "6"]
     assert float(rows[-1]["gain_db"]) == pytest.approx(0, abs=1)
+
+
+def test_time_ends_a_run_and_a_resumed_one_has_what_was_left(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = load_folder(footage, tmp_path / "cache", min_side=64)
+
+    def trainer() -> Trainer:
+        made = Trainer(options(steps=1000, minutes=0.1, warmup=0), clips, [], clips[:1], tmp_path / "run")
+        monkeypatch.setattr("export.training.trainer.monotonic", lambda: float(made.step))  # a second a step
+        return made
+
+    first = trainer()
+    first.spent_s = 2.0
+    assert first.progress(0) == pytest.approx(1 / 3)
+    first.save()
+    second = trainer()
+    assert second.learning_rate(0) == second.options.lr
+    second.run()
+    assert (second.step, second.spent_s) == (4, 6.0)
+    assert second.learning_rate(4) == pytest.approx(second.options.final_lr)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["4"]  # the last one counts, wherever time ends it
+    assert rows[0]["gain_db"]
+    done = trainer()
+    done.run()
+    assert done.step == 4
+
+
+def test_compiled_network_computes_the_same(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as on a GPU, run without a compiler."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    clips = load_folder(footage, tmp_path / "cache", min_side=64)
+    plain, compiled = (
+        Trainer(options(compile=c), clips, [], clips[:1], tmp_path / f"run{c}") for c in (False, True)
+    )
+    batch = plain.sampler.batch(0, 2)
+    assert compiled.align is not compiled.network.flow_align.align
+    for _ in range(2):
+        expected, found = plain.train_step(batch), compiled.train_step(batch)
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_lowers_the_loss(footage: Path, tmp_path: Path) -> None:

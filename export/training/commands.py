@@ -41,24 +41,38 @@ log = logging.getLogger(__name__)
     help="Checkpoint whose answers are learned too.",
 )
 @click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
+@click.option("--temporal-weight", default=0.0, help="Of flicker between consecutive answers.")
 @click.option("--flow-lr", default=1.0, help="Learning rate of the flow over that of the generator.")
 @click.option("--freeze-flow", default=0, help="Steps before the flow is trained.")
 @click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
 @click.option("--widths", default="pruned", help="Width table.")
 @click.option("--steps", default=20_000)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True),
+    help="Wall time the run may take, resumed parts together; ends it before --steps.",
+)  # fmt: skip
 @click.option("--batch", default=12, help="Windows per step.")
 @click.option("--patch", default=192, help="Hr pixels a side.")
 @click.option("--lr", default=4e-4, help="Peak learning rate.")
+@click.option("--warmup", default=500, help="Steps over which the learning rate rises.")
 @click.option("--seed", default=0)
-@click.option("--bf16/--fp32", default=True, help="Arithmetic of the generator's convolutions.")
+@click.option(
+    "--bf16/--fp32", default=None,
+    help="Arithmetic of the generator's convolutions; by default bf16 on a GPU.", show_default=False,
+)  # fmt: skip
+@click.option("--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start.")
+@click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory.")
 @click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
-    objective: str, teacher: Path | None, teacher_weight: float, flow_lr: float, freeze_flow: int,
-    photo_share: float, widths: str, steps: int, batch: int, patch: int, lr: float,
-    seed: int, bf16: bool, validate_every: int,
+    objective: str, teacher: Path | None, teacher_weight: float, temporal_weight: float, flow_lr: float,
+    freeze_flow: int, photo_share: float, widths: str, steps: int, minutes: float | None, batch: int,
+    patch: int, lr: float, warmup: int, seed: int, bf16: bool | None, compiled: bool, hold: bool,
+    validate_every: int,
 ) -> None:  # fmt: skip
     """Train the generator for fidelity, or after a teacher; Ctrl-C saves, the same command goes on."""
+    import torch
+
     from export.checkpoint import load_checkpoint
     from export.network import WIDTHS
     from export.spec import MULTIPLE_OF, SCALE
@@ -77,9 +91,11 @@ def train(
         )
     held_back = validation.read_text().split()
     options = TrainOptions(
-        objective=objective, teacher_weight=teacher_weight, flow_lr=flow_lr, freeze_flow=freeze_flow,
-        photo_share=photo_share, widths=widths, steps=steps, batch=batch, patch=patch,
-        lr=lr, seed=seed, bf16=bf16, validate_every=validate_every,
+        objective=objective, teacher_weight=teacher_weight, temporal_weight=temporal_weight,
+        flow_lr=flow_lr, freeze_flow=freeze_flow, photo_share=photo_share, widths=widths, steps=steps,
+        minutes=minutes, batch=batch, patch=patch, lr=lr, warmup=warmup, seed=seed,
+        bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
+        validate_every=validate_every,
     )  # fmt: skip
     validation_clips = load_folder(clips, cache, min_side=patch, names=held_back)
     training_clips = [c for c in load_folder(clips, cache, min_side=patch) if c.name not in held_back]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from export.network.flow_align import Estimate
 from export.network.warp import backward_warp
-from export.spec import Size
+from export.spec import CHANNELS, FLOW_STRIDE, SCALE, Size
 
 EPSILON = 1e-3  # Charbonnier's rounding of L1 at zero, in units of the image range
 EDGE_SHARPNESS = 10.0  # how fast an image edge excuses a jump of the flow
+MISALIGNED = 0.05  # warp error of lr frames, mean over 3x3 pixels, from which the flow is not believed
 
 
 def charbonnier(a: Tensor, b: Tensor) -> Tensor:
@@ -52,6 +54,32 @@ def motion_loss(estimates: Sequence[Estimate], motion: Tensor, lr_size: Size) ->
         for level in estimates
     ]
     return torch.stack(losses).mean()
+
+
+def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
+    """Flicker: how far what is wrong in one answer does not move with the picture into the next.
+
+    The error of answer t+1, warped to t by the network's own flow, is compared with that of answer t. Errors
+    and not answers: warping blurs, so that sharp answers that move as the truth does would be punished.
+    Where the lr frames do not fit under the flow (what is covered, what the flow misses), nothing is asked.
+
+    Args:
+        errors: (N, K, 3, H, W), answers less truth of K consecutive hr frames.
+        flow: (2NK, 2, H/8, W/8), of the last ``Estimate`` for their windows; only used, not taught.
+        aligned: (NK, 9, H/4, W/4), see ``spec.ALIGNED``.
+    """
+    n, k, _, h, w = errors.shape
+    # The last answer of a crop has no next; of each window's two neighbours the second is the next frame.
+    to_next = flow.detach().unflatten(0, (n, k, 2))[:, :-1, 1].flatten(0, 1)
+    unit = SCALE * FLOW_STRIDE // 2  # hr pixels per pixel of a flow at half the lr resolution
+    to_next = unit * F.interpolate(to_next, scale_factor=float(unit), mode="bilinear", align_corners=False)
+    frames = aligned.detach().unflatten(0, (n, k))[:, :-1].flatten(0, 1)
+    misfit = (frames[:, 2 * CHANNELS :] - frames[:, CHANNELS : 2 * CHANNELS]).abs().mean(1, keepdim=True)
+    fits = F.avg_pool2d(misfit, 3, stride=1, padding=1, count_include_pad=False) < MISALIGNED
+    mask = F.interpolate(fits.float(), size=(h, w), mode="nearest")
+    moved = backward_warp(errors[:, 1:].flatten(0, 1), to_next)
+    flicker = torch.sqrt((moved - errors[:, :-1].flatten(0, 1)) ** 2 + EPSILON**2)
+    return (mask * flicker).sum() / (CHANNELS * mask.sum()).clamp(min=1)
 
 
 def true_flow(motion: Tensor, lr_size: Size, stride: int, size: Sequence[int]) -> Tensor:

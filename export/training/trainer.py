@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
 import os
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from export.checkpoint import save_checkpoint
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan
-from export.spec import SCALE
-from export.training.evaluation import evaluate, mean
+from export.spec import CHANNELS, SCALE, WINDOW
+from export.training.evaluation import Score, evaluate, mean
 from export.training.footage import Clip
-from export.training.losses import charbonnier, flow_loss, motion_loss
-from export.training.windows import Batch, WindowSampler, downscale
+from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
+from export.training.options import TrainOptions
+from export.training.run_log import RunLog
+from export.training.windows import Batch, WindowSampler, downscale, windowed
 
 log = logging.getLogger(__name__)
 
@@ -35,41 +35,7 @@ STATE_FILE = "state.pt"
 EMA_FILE = "ema.safetensors"
 LOG_FILE = "log.csv"
 LOG_EVERY = 50
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything that decides the result, besides the footage."""
-
-    widths: str = "pruned"
-    steps: int = 20_000
-    batch: int = 12
-    patch: int = 192
-    """Hr pixels a side."""
-    photo_share: float = 0.3
-    lr: float = 4e-4
-    final_lr: float = 1e-6
-    warmup: int = 500
-    decay_share: float = 0.4
-    """The learning rate is constant, then falls along a half cosine over this last share of the steps."""
-    objective: str = "fidelity"
-    """Or "flow": the flow alone, which is cheap and pays before the generator learns to use it."""
-    flow_weight: float = 0.1
-    flow_smoothness: float = 0.05
-    motion_weight: float = 0.1
-    """Of the known motion of photos, beside the warp loss."""
-    teacher_weight: float = 1.0
-    """Of the distance to the teacher's answer, beside the distance to the truth; used with a teacher."""
-    flow_lr: float = 1.0
-    """Learning rate of the flow over that of the generator."""
-    freeze_flow: int = 0
-    """Steps before the flow is trained: a good flow outlives a generator that still learns to use it."""
-    clip_norm: float = 0.5
-    ema: float = 0.999
-    seed: int = 0
-    bf16: bool = True
-    validate_every: int = 1000
-    validation_segments: int = 1
+LONG = 5  # frames of a crop that holds three consecutive windows, and so three consecutive answers
 
 
 class Trainer:
@@ -101,12 +67,19 @@ class Trainer:
         """
         self.options, self.validation, self.out = options, validation, out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        # TF32 for convolutions alone: grids of the photos' known motion are products of matrices, and its
+        # ten bits would misplace them by a tenth of a pixel.
+        torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(options.seed)
         self.network = MstGan(WIDTHS[options.widths]).to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
         if init:
             self.network.load_state_dict(init.state_dict())
-        self.ema = MstGan(self.network.widths).to(self.device)
+        self.align, self.generate = self.network.flow_align.align, self.network.generator.generate
+        if options.compile:
+            self.align, self.generate = torch.compile(self.align), torch.compile(self.generate)
+        self.ema = MstGan(self.network.widths).to(self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
         self.teacher = teacher.to(self.device).eval().requires_grad_(False) if teacher else None
         groups = [
@@ -115,9 +88,12 @@ class Trainer:
         ]
         self.optimizer = torch.optim.Adam(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
         self.sampler = WindowSampler(
-            clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed
-        )
+            clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
+            device=self.device if options.hold and self.device.type == "cuda" else None,
+        )  # fmt: skip
+        self.length = LONG if options.temporal_weight > 0 else WINDOW
         self.step = 0
+        self.spent_s = 0.0
         out.mkdir(parents=True, exist_ok=True)
         if (out / STATE_FILE).exists():
             self._resume()
@@ -142,6 +118,7 @@ class Trainer:
         # The options of this run count, as for the learning rate itself.
         self.optimizer.param_groups[0]["scale"] = self.options.flow_lr
         self.step = state["step"]
+        self.spent_s = state.get("spent_s", 0.0)  # versions before it had no budget of time
         log.info("resumed %s at step %d", self.out, self.step)
 
     def save(self) -> None:
@@ -154,6 +131,7 @@ class Trainer:
         state = {
             "widths": self.options.widths,
             "step": self.step,
+            "spent_s": self.spent_s,
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -162,6 +140,7 @@ class Trainer:
             **asdict(self.options),
             "teacher": self.teacher.widths.name if self.teacher else None,
             "step": self.step,
+            "spent_s": round(self.spent_s),
             "device": self.device.type,
         }
         try:
@@ -175,35 +154,48 @@ class Trainer:
                 "what was saved before is intact: make room and start again to resume from it"
             ) from err
 
+    def progress(self, step: int) -> float:
+        """How much of the run lies behind ``step``, now: 0..1, by steps or by time, whichever is further."""
+        by_steps = step / self.options.steps
+        if self.options.minutes is None:
+            return by_steps
+        return max(by_steps, self.spent_s / (60 * self.options.minutes))
+
     def learning_rate(self, step: int) -> float:
         """Warm-up, plateau, half cosine: the plateau lets a run be prolonged without a restart."""
         o = self.options
-        decay_steps = o.steps * o.decay_share
-        progress = max(0.0, (step - (o.steps - decay_steps)) / decay_steps)
-        cosine = o.final_lr + (o.lr - o.final_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-        return cosine * min(1.0, (step + 1) / o.warmup)
+        decay = max(0.0, (self.progress(step) - (1 - o.decay_share)) / o.decay_share)
+        cosine = o.final_lr + (o.lr - o.final_lr) * (1 + math.cos(math.pi * min(decay, 1.0))) / 2
+        return cosine * min(1.0, (step + 1) / max(o.warmup, 1))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Total loss and its parts."""
-        n, t, c, h, w = batch.hr_windows.shape
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss and its parts, detached; nothing here waits for the device."""
+        o = self.options
+        n, length, _, h, w = batch.hr_windows.shape
         lr_size = (h // SCALE, w // SCALE)
-        frames = downscale(batch.hr_windows.reshape(n * t, c, h, w)).reshape(n, t, c, *lr_size)
+        frames, motion_known = windowed(downscale(batch.hr_windows), batch.motion)
         # In FP32: bf16 is too coarse for motion.
-        flow, aligned, estimates = self.network.flow_align.align(frames)
-        motion = flow_loss(estimates, self.options.flow_smoothness)
-        motion = motion + self.options.motion_weight * motion_loss(estimates, batch.motion, lr_size)
-        if self.options.objective == "flow":
-            return motion, {"flow": motion.item()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            subpixels = self.network.generator.generate(frames, flow, aligned)
+        flow, aligned, estimates = self.align(frames)
+        motion = flow_loss(estimates, o.flow_smoothness)
+        motion = motion + o.motion_weight * motion_loss(estimates, motion_known, lr_size)
+        if o.objective == "flow":
+            return motion, {"flow": motion.detach()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=o.bf16):
+            subpixels = self.generate(frames, flow, aligned)
         answer = subpixels.float()
-        pixel = charbonnier(answer, F.pixel_unshuffle(batch.hr_windows[:, t // 2], SCALE))
-        total = pixel + self.options.flow_weight * motion
-        parts = {"pixel": pixel.item(), "flow": motion.item()}
+        truth = batch.hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
+        pixel = charbonnier(answer, F.pixel_unshuffle(truth.flatten(0, 1), SCALE))
+        total = pixel + o.flow_weight * motion
+        parts = {"pixel": pixel.detach(), "flow": motion.detach()}
         if self.teacher:
             imitation = charbonnier(answer, self._taught(self.teacher, frames))
-            total = total + self.options.teacher_weight * imitation
-            parts["teacher"] = imitation.item()
+            total = total + o.teacher_weight * imitation
+            parts["teacher"] = imitation.detach()
+        if o.temporal_weight > 0:
+            answers = F.pixel_shuffle(answer, SCALE).reshape(n, length - WINDOW + 1, CHANNELS, h, w)
+            temporal = temporal_loss(answers - truth, estimates[-1].flow, aligned)
+            total = total + o.temporal_weight * temporal
+            parts["temporal"] = temporal.detach()
         return total, parts
 
     @torch.no_grad()
@@ -221,77 +213,70 @@ class Trainer:
         self.network.flow_align.requires_grad_(self.step >= self.options.freeze_flow)
         self.optimizer.zero_grad(set_to_none=True)
         total, parts = self.loss(batch)
+        # The one place where a step waits for the device. Not later: the backward pass of a warp by a flow
+        # that is not a number reads memory that is not its own.
         if not torch.isfinite(total):
             raise ExportError(
                 f"expected a finite loss, found {total.item()} at step {self.step}; the last good state is "
                 f"in {self.out}: lower --lr and start again to resume from it"
             )
+        reported = {name: float(value) for name, value in parts.items()}
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for average, current in zip(self.ema.parameters(), self.network.parameters(), strict=True):
-                average.lerp_(current, 1 - decay)
-        return parts
+        averages, currents = tuple(self.ema.parameters()), tuple(self.network.parameters())
+        get_ema_multi_avg_fn(decay)(averages, currents, None)
+        return reported
 
-    def validate(self) -> float:
-        """Mean PSNR-Y gain over bicubic, in dB, of the averaged weights."""
+    def score(self) -> Score:
+        """Scores of the averaged weights, the mean over the validation clips."""
         score = mean(evaluate(self.ema, self.validation, self.options.validation_segments))
         log.info(
             "step %d: PSNR-Y %.3f dB, bicubic %.3f dB, gain %+.3f dB",
             self.step, score.psnr_y_db, score.bicubic_psnr_y_db, score.gain_db,
         )  # fmt: skip
-        return score.gain_db
+        return score
+
+    def validate(self) -> float:
+        """Mean PSNR-Y gain over bicubic, in dB, of the averaged weights."""
+        return self.score().gain_db
 
     def run(self) -> None:
-        """Train to the last step, saving and validating on the way and when interrupted."""
+        """Train to the end, saving and validating on the way and when interrupted.
+
+        Validation and saving count against the budget of time, but for those after the last step.
+        """
         o = self.options
-        log_path = self.out / LOG_FILE
-        fields = ["step", "pixel", "teacher", "flow", "lr", "step_s", "gain_db"]
-        is_new = not log_path.exists()
-        if not is_new:
-            with log_path.open(newline="") as log_file:
-                fields = next(csv.reader(log_file), fields)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
-            log_path.open("a", newline="") as log_file,
+            RunLog(self.out / LOG_FILE, self.progress(self.step)) as run_log,
             ThreadPoolExecutor(1) as loader,
-            Progress(*columns) as progress,
         ):
-            rows = csv.DictWriter(log_file, fields, extrasaction="ignore")
-            if is_new:
-                rows.writeheader()
-            task = progress.add_task("training", total=o.steps, completed=self.step)
-            pending = loader.submit(self.sampler.batch, self.step, o.batch)
-            sums: dict[str, float] = defaultdict(float)
-            started = time.perf_counter()
+            pending = loader.submit(self.sampler.batch, self.step, o.batch, self.length)
+            spent_before, began = self.spent_s, monotonic()
+            row_step, row_s = self.step, self.spent_s
             try:
-                while self.step < o.steps:
+                while self.progress(self.step) < 1:
                     batch = Batch(*(tensor.to(self.device) for tensor in pending.result()))
-                    pending = loader.submit(self.sampler.batch, self.step + 1, o.batch)
-                    for name, value in self.train_step(batch).items():
-                        sums[name] += value / LOG_EVERY
-                    progress.advance(task)
-                    if self.step % LOG_EVERY:
+                    pending = loader.submit(self.sampler.batch, self.step + 1, o.batch, self.length)
+                    parts = self.train_step(batch)
+                    self.spent_s = spent_before + monotonic() - began
+                    progress = self.progress(self.step)
+                    run_log.add(parts, progress)
+                    if self.step % LOG_EVERY and progress < 1:
                         continue
-                    step_s = (time.perf_counter() - started) / LOG_EVERY
-                    described = "  ".join(f"{name} {value:.5f}" for name, value in sums.items())
-                    progress.update(task, description=described)
-                    row: dict[str, object] = {
+                    row: dict[str, float | None] = {
                         "step": self.step,
                         "lr": self.learning_rate(self.step),
-                        "step_s": step_s,
+                        "step_s": (self.spent_s - row_s) / (self.step - row_step),
                     }
-                    row |= sums
-                    if self.step % o.validate_every == 0 or self.step == o.steps:
+                    if self.step % o.validate_every == 0 or progress >= 1:
                         row["gain_db"] = self.validate()
                         self.save()
-                    rows.writerow(row)
-                    log_file.flush()
-                    sums.clear()
-                    started = time.perf_counter()
+                        self.spent_s = spent_before + monotonic() - began
+                    run_log.write(row)
+                    row_step, row_s = self.step, self.spent_s
             except KeyboardInterrupt:
                 log.info("interrupted at step %d; the same command goes on from here", self.step)
             self.save()

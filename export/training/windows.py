@@ -34,10 +34,25 @@ class Batch(NamedTuple):
     """Windows, and how the camera moved where that is known."""
 
     hr_windows: Tensor
-    """(N, 3, 3, H, W) float32 RGB, 0..1: frames t-1, t, t+1."""
+    """(N, L, 3, H, W) float32 RGB, 0..1: L consecutive frames, three unless more were asked for."""
     motion: Tensor
-    """(N, 2, 2, 3) float32: per neighbour the affine map of a point of frame t to where it lies in the
-    neighbour; (x, y) run from -1 to 1 between the frame's edges. NaN where unknown."""
+    """(N, 2 (L - 2), 2, 3) float32: for each frame but the first and the last, per neighbour, the affine map
+    of a point of the frame to where it lies in the neighbour; (x, y) run from -1 to 1 between the frame's
+    edges. NaN where unknown."""
+
+
+def windowed(frames: Tensor, motion: Tensor) -> Batch:
+    """The windows of longer crops, those of a crop in a row.
+
+    Args:
+        frames: (N, L, 3, h, w), of any resolution.
+        motion: (N, 2 (L - 2), 2, 3), see ``Batch``.
+
+    Returns:
+        (N (L - 2), 3, 3, h, w) frames t-1, t, t+1, and their (N (L - 2), 2, 2, 3) motion.
+    """
+    windows = [frames[:, t : t + WINDOW] for t in range(frames.shape[1] - WINDOW + 1)]
+    return Batch(torch.stack(windows, 1).flatten(0, 1), motion.reshape(-1, WINDOW - 1, 2, 3))
 
 
 class _ClipWindow(NamedTuple):
@@ -63,7 +78,7 @@ class _PhotoWindow(NamedTuple):
     mirrored: bool
     quarter_turns: int
     camera: Tensor
-    """(3, 3, 3) float32: per frame the affine map of its points to where they lie in the cut-out."""
+    """(L, 3, 3) float32: per frame the affine map of its points to where they lie in the cut-out."""
 
 
 class WindowSampler:
@@ -111,15 +126,22 @@ class WindowSampler:
                 for kind, sources in (("clips", clips), ("photos", photos))
             }
 
-    def batch(self, step: int, size: int) -> Batch:
-        """The batch of a step, on the sampler's device."""
+    def batch(self, step: int, size: int, length: int = WINDOW) -> Batch:
+        """The batch of a step, on the sampler's device.
+
+        Args:
+            step: with the seed, decides what is drawn.
+            size: crops.
+            length: consecutive frames of each, 3 to 7.
+        """
         rng = np.random.default_rng((self.seed, step))
         drawn = [
-            self._draw_photo(rng) if rng.random() < self.photo_share else self._draw_clip(rng)
+            self._draw_photo(rng, length) if rng.random() < self.photo_share else self._draw_clip(rng, length)
             for _ in range(size)
         ]
         windows: list[Tensor | None] = [None] * size
-        motion = torch.full((size, WINDOW - 1, 2, 3), torch.nan)
+        inner = range(1, length - 1)
+        motion = torch.full((size, 2 * len(inner), 2, 3), torch.nan)
         # Photos of a batch are moved together: on a GPU a call costs more than its arithmetic.
         by_side: dict[int, list[int]] = {}
         for index, window in enumerate(drawn):
@@ -128,32 +150,33 @@ class WindowSampler:
             else:
                 by_side.setdefault(window.side, []).append(index)
                 camera = window.camera
-                motion[index] = (torch.linalg.inv(camera[::2]) @ camera[WINDOW // 2])[:, :2]
+                maps = [torch.linalg.inv(camera[t - 1 : t + 2 : 2]) @ camera[t] for t in inner]
+                motion[index] = torch.cat(maps)[:, :2]
         for indices in by_side.values():
             moved = self._move_photos([p for p in (drawn[i] for i in indices) if isinstance(p, _PhotoWindow)])
             for index, window_frames in zip(indices, moved, strict=True):
                 windows[index] = window_frames
         return Batch(torch.stack([w for w in windows if w is not None]), motion.to(self.device))
 
-    def _draw_clip(self, rng: np.random.Generator) -> _ClipWindow:
+    def _draw_clip(self, rng: np.random.Generator, length: int) -> _ClipWindow:
         index = int(rng.choice(len(self.clips), p=self.weights))
         segments = self.clips[index].segments
-        count, length, height, width, _ = segments.shape
-        stride = 2 if rng.random() < SKIP_FRAME_SHARE and length > 2 * (WINDOW - 1) else 1
+        count, available, height, width, _ = segments.shape
+        stride = 2 if rng.random() < SKIP_FRAME_SHARE and available > 2 * (length - 1) else 1
         for _ in range(CROP_TRIES):
             segment = int(rng.integers(count))
-            first = int(rng.integers(length - stride * (WINDOW - 1)))
+            first = int(rng.integers(available - stride * (length - 1)))
             y, x = int(rng.integers(height - self.patch + 1)), int(rng.integers(width - self.patch + 1))
-            times = slice(first, first + stride * (WINDOW - 1) + 1, stride)
+            times = slice(first, first + stride * (length - 1) + 1, stride)
             # On the host whatever the device, or every crop would wait for it; a sixteenth tells as much.
-            centre = segments[segment, first + stride * (WINDOW // 2)]
+            centre = segments[segment, first + stride * (length // 2)]
             if centre[y : y + self.patch : 4, x : x + self.patch : 4].std() > MIN_STD:
                 break
         mirrored, quarter_turns = _draw_turn(rng)
         return _ClipWindow(index, segment, times, y, x, mirrored, quarter_turns, bool(rng.random() < 0.5))
 
     def _cut_clip(self, drawn: _ClipWindow) -> Tensor:
-        """(3, 3, patch, patch) float32, 0..1."""
+        """(L, 3, patch, patch) float32, 0..1."""
         area = (
             drawn.segment,
             drawn.times,
@@ -167,7 +190,7 @@ class WindowSampler:
         window = _turned(frames, drawn.mirrored, drawn.quarter_turns)
         return window.flip(0) if drawn.reversed else window
 
-    def _draw_photo(self, rng: np.random.Generator) -> _PhotoWindow:
+    def _draw_photo(self, rng: np.random.Generator, length: int) -> _PhotoWindow:
         """Move a virtual camera over a photo: shift, turn and zoom at a steady rate, plus a little shake."""
         index = int(rng.integers(len(self.photos)))
         height, width = self.photos[index].segments.shape[2:4]
@@ -176,9 +199,9 @@ class WindowSampler:
         shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
         turn, zoom = rng.uniform(-MAX_TURN, MAX_TURN), rng.uniform(-MAX_ZOOM, MAX_ZOOM)
         reach = self.patch / side  # grid_sample's unit is half a side of the source
-        camera = torch.zeros(WINDOW, 3, 3)
-        for frame in range(WINDOW):
-            t = frame - WINDOW // 2
+        camera = torch.zeros(length, 3, 3)
+        for frame in range(length):
+            t = frame - length // 2
             factor = reach * math.exp(zoom * t)
             cos, sin = factor * math.cos(turn * t), factor * math.sin(turn * t)
             dx, dy = 2 * (shift * t + rng.normal(0, MAX_SHAKE, 2)) / side
@@ -186,7 +209,8 @@ class WindowSampler:
         return _PhotoWindow(index, side, y, x, *_draw_turn(rng), camera)
 
     def _move_photos(self, drawn: Sequence[_PhotoWindow]) -> Tensor:
-        """(N, 3, 3, patch, patch) float32, 0..1, of photo windows of one side."""
+        """(N, L, 3, patch, patch) float32, 0..1, of photo windows of one side."""
+        length = len(drawn[0].camera)
         sources = []
         for photo in drawn:
             area = (0, 0, slice(photo.y, photo.y + photo.side), slice(photo.x, photo.x + photo.side))
@@ -195,14 +219,14 @@ class WindowSampler:
             else:
                 image = torch.from_numpy(np.array(self.photos[photo.photo].segments[area]))
             sources.append(
-                _turned(image[None], photo.mirrored, photo.quarter_turns).expand(WINDOW, -1, -1, -1)
+                _turned(image[None], photo.mirrored, photo.quarter_turns).expand(length, -1, -1, -1)
             )
         cameras = torch.cat([photo.camera[:, :2] for photo in drawn]).to(self.device)
         grid = F.affine_grid(cameras, [len(cameras), 3, self.patch, self.patch], align_corners=False)
         moved = F.grid_sample(
             torch.cat(sources), grid, mode="bicubic", padding_mode="reflection", align_corners=False
         )
-        return moved.clamp(0, 1).unflatten(0, (len(drawn), WINDOW))
+        return moved.clamp(0, 1).unflatten(0, (len(drawn), length))
 
 
 def _require_room(sources: Sequence[Clip], device: torch.device) -> None:

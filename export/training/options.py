@@ -1,0 +1,53 @@
+"""What decides the result of a training run, besides the footage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides the result, besides the footage and the machine."""
+
+    widths: str = "pruned"
+    steps: int = 20_000
+    minutes: float | None = None
+    """Wall time the run may take, over all its resumed parts: it ends with these or with the steps, whichever
+    comes first, and everything that follows a schedule follows the one that is nearer its end."""
+    batch: int = 12
+    patch: int = 192
+    """Hr pixels a side."""
+    photo_share: float = 0.3
+    lr: float = 4e-4
+    final_lr: float = 1e-6
+    warmup: int = 500
+    """Steps over which the learning rate rises."""
+    decay_share: float = 0.4
+    """The learning rate is constant, then falls along a half cosine over this last share of the run."""
+    objective: str = "fidelity"
+    """Or "flow": the flow alone, which is cheap and pays before the generator learns to use it."""
+    flow_weight: float = 0.1
+    flow_smoothness: float = 0.05
+    motion_weight: float = 0.1
+    """Of the known motion of photos, beside the warp loss."""
+    teacher_weight: float = 1.0
+    """Of the distance to the teacher's answer, beside the distance to the truth; used with a teacher."""
+    temporal_weight: float = 0.0
+    """Of the temporal loss, see ``losses.temporal_loss``; above 0, crops are five frames long."""
+    flow_lr: float = 1.0
+    """Learning rate of the flow over that of the generator."""
+    freeze_flow: int = 0
+    """Steps before the flow is trained: a good flow outlives a generator that still learns to use it."""
+    clip_norm: float = 0.5
+    ema: float = 0.999
+    seed: int = 0
+    bf16: bool = field(default_factory=torch.cuda.is_available)
+    """Arithmetic of the generator's convolutions: on CPUs FP32 is faster."""
+    compile: bool = False
+    """By ``torch.compile``: minutes at the start, for less time per step."""
+    hold: bool = True
+    """On a GPU, hold all footage in its memory."""
+    validate_every: int = 1000
+    validation_segments: int = 1
