@@ -1,4 +1,4 @@
-"""Commands of the training part: ``python -m export train`` and ``evaluate``."""
+"""Commands of the training part: ``python -m export train``, ``prune`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -105,6 +105,84 @@ def train(
         raise ExportError(f"expected --init of the {widths!r} widths, found {start.widths.name!r}")
     master = load_checkpoint(teacher) if teacher else None
     Trainer(options, training_clips, training_photos, validation_clips, out, start, master).run()
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The unpruned network.")
+@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of footage.")
+@click.option(
+    "--photos", type=click.Path(path_type=Path), help="Folder of still images, to be moved synthetically."
+)
+@click.option(
+    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
+    help="Text file naming the clips to hold back and score on, one a line.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True,
+    help="Checkpoint to write, .safetensors; the run folder beside it has its stem, and is resumed.",
+)  # fmt: skip
+@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
+@click.option("--widths", default="pruned", help="Width table to prune to.")
+@click.option("--steps", default=2000, help="Under the penalty, before channels go.")
+@click.option(
+    "--sparsity", default=0.1, help="What the penalty takes from a channel's RMS per step, over --lr."
+)
+@click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
+@click.option("--batch", default=12, help="Windows per step.")
+@click.option("--patch", default=192, help="Hr pixels a side.")
+@click.option("--lr", default=1e-4, help="Peak learning rate.")
+@click.option("--warmup", default=500, help="Steps over which the learning rate rises.")
+@click.option("--seed", default=0)
+@click.option(
+    "--bf16/--fp32", default=None,
+    help="Arithmetic of the generator's convolutions; by default bf16 on a GPU.", show_default=False,
+)  # fmt: skip
+@click.option("--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start.")
+@click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory.")
+@click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
+def prune(
+    checkpoint: Path, clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path,
+    widths: str, steps: int, sparsity: float, photo_share: float, batch: int, patch: int, lr: float,
+    warmup: int, seed: int, bf16: bool | None, compiled: bool, hold: bool, validate_every: int,
+) -> None:  # fmt: skip
+    """Take the least important channels out of a trained network; Ctrl-C saves, the same command goes on."""
+    import torch
+
+    from export.checkpoint import load_checkpoint
+    from export.network import WIDTHS
+    from export.spec import MULTIPLE_OF, SCALE
+    from export.training.footage import load_folder
+    from export.training.prune import SparseTrainer, find_groups, finish
+    from export.training.trainer import TrainOptions
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
+    if widths not in WIDTHS:
+        raise ExportError(f"expected --widths to be one of {', '.join(WIDTHS)}, found {widths!r}")
+    if out.suffix != ".safetensors":
+        raise ExportError(f"expected --out to end in .safetensors, found {out.name!r}")
+    if patch % (SCALE * MULTIPLE_OF):
+        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
+    if steps < 1 or sparsity < 0:
+        raise ExportError(
+            f"expected --steps of at least 1 and --sparsity of at least 0, found {steps} and {sparsity}"
+        )
+    network = load_checkpoint(checkpoint)
+    groups = find_groups(network.widths, WIDTHS[widths])
+    held_back = validation.read_text().split()
+    options = TrainOptions(
+        photo_share=photo_share, widths=network.widths.name, steps=steps, batch=batch, patch=patch,
+        lr=lr, warmup=warmup, seed=seed, bf16=torch.cuda.is_available() if bf16 is None else bf16,
+        compile=compiled, hold=hold, validate_every=validate_every,
+    )  # fmt: skip
+    validation_clips = load_folder(clips, cache, min_side=patch, names=held_back)
+    training_clips = [c for c in load_folder(clips, cache, min_side=patch) if c.name not in held_back]
+    training_photos = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
+    trainer = SparseTrainer(
+        groups, sparsity, options, training_clips, training_photos, validation_clips,
+        out.with_suffix(""), network,
+    )  # fmt: skip
+    trainer.run()
+    click.echo(finish(trainer, WIDTHS[widths], out))
 
 
 @click.command()

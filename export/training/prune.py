@@ -1,0 +1,346 @@
+"""Structured pruning: takes whole inner channels out of a trained network, and leaves a smaller, plain one.
+
+As in the papers: a phase with a sparsity regulariser, whole channels chosen by importance, then fine-tuning
+(``python -m export train`` with ``--init`` the pruned and ``--teacher`` the unpruned network).
+
+A prunable channel is made by the rows of one convolution and read by the columns of one other; ``LINKS`` says
+which, and is all that the penalty, the importance and the slicing know of the architecture. How many channels
+stay is read off the shapes of the two width tables.
+
+*Penalty.* A group lasso (Yuan and Lin 2006; on channels, Wen et al. 2016): strength * sqrt(numbers per
+channel) * norm of the channel's rows and columns, applied as its proximal step after that of the optimizer.
+Adam would rescale it were it part of the loss, and the importance would measure the penalty too.
+
+*Importance.* The first-order Taylor term (Molchanov et al. 2019): |sum of weight * gradient| over a channel's
+rows, plus the same over its columns. ReLU is homogeneous, so either sum is activation * gradient summed over
+the feature map: the first-order change of the loss when the channel goes. In a converged network that is zero
+on average and its size is noise; under the penalty a channel that matters settles where the loss pulls as
+hard as the penalty, which is what makes the term tell.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from export.checkpoint import save_checkpoint
+from export.errors import ExportError
+from export.network import MstGan, Widths, count
+from export.training.evaluation import evaluate, mean
+from export.training.footage import Clip
+from export.training.trainer import Trainer, TrainOptions
+
+log = logging.getLogger(__name__)
+
+IMPORTANCE_FILE = "importance.safetensors"
+IMPORTANCE_DECAY = 0.999  # per step: what the penalty has moved since counts less
+MIN_FACTOR = 0.9  # of one shrinking step: a channel at exactly zero would have no gradient to come back by
+
+
+@dataclass(frozen=True)
+class Link:
+    """Channels made by one convolution, read by one other, and by nothing else."""
+
+    maker: str
+    """Pattern of its name; a channel is ``rows`` rows (axis 0) of weight and bias."""
+    reader: str
+    """Its name, from the maker's groups; a channel is one column (axis 1) of the weight."""
+    rows: int = 1
+    """Four where a pixel shuffle by two lies between: it folds four consecutive channels into one."""
+
+
+_FLOW_HIDDEN = r"(flow_align\.(?:levels\.\d+|refine)\.hidden)"
+_BOTTLENECK = r"(generator\.encoder\.layer\d+\.\d+)"
+LINKS = (
+    Link(_FLOW_HIDDEN + r"\.0", r"\1.2"),
+    Link(_FLOW_HIDDEN + r"\.2", r"\1.4"),
+    Link(r"(flow_align\.levels\.\d+\.hidden)\.4", r"\1.6"),
+    Link(r"(flow_align\.levels\.\d+)\.hidden\.6", r"\1.residual"),
+    Link(r"(flow_align\.refine)\.hidden\.4", r"\1.residual"),
+    Link(_BOTTLENECK + r"\.reduce", r"\1.spatial"),
+    Link(_BOTTLENECK + r"\.spatial", r"\1.expand"),
+    Link(r"(generator\.(?:context|detail)\.\d+)\.conv1", r"\1.conv2"),
+    Link(r"(generator)\.up2", r"\1.up1", rows=4),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The channels of one link in a network of given widths, and how many of them stay."""
+
+    maker: str
+    reader: str
+    rows: int
+    channels: int
+    kept: int
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The tied tensors: the maker's weight and bias, the reader's weight."""
+        return f"{self.maker}.weight", f"{self.maker}.bias", f"{self.reader}.weight"
+
+    def sums(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Per channel, (channels,) each: the sum over the maker's rows, and over the reader's columns."""
+        weight, bias, read = (tensors[name] for name in self.names)
+        made = weight.flatten(1).sum(1) + bias
+        return made.view(self.channels, self.rows).sum(1), read.sum((0, 2, 3))
+
+    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
+        """Multiply every channel's rows and columns, in place, by its factor; factors are (channels,)."""
+        weight, bias, read = (tensors[name] for name in self.names)
+        per_row = factors.repeat_interleave(self.rows)
+        weight.mul_(per_row[:, None, None, None])
+        bias.mul_(per_row)
+        read.mul_(factors[:, None, None])
+
+    def slice(self, state: dict[str, Tensor], channels: Tensor) -> None:
+        """Leave only ``channels``, (kept,) int64, in a state dict."""
+        weight, bias, read = self.names
+        offsets = torch.arange(self.rows, device=channels.device)
+        rows = (channels[:, None] * self.rows + offsets).flatten()
+        state[weight] = state[weight].index_select(0, rows)
+        state[bias] = state[bias].index_select(0, rows)
+        state[read] = state[read].index_select(1, channels)
+
+
+def find_groups(wide: Widths, narrow: Widths) -> list[Group]:
+    """The channels to choose among on the way from one width table to another, in network order.
+
+    Raises:
+        ExportError: no channel would go, or the tables differ in more than prunable channels.
+    """
+    with torch.device("meta"):  # shapes are all that is wanted
+        before, after = MstGan(wide).state_dict(), MstGan(narrow).state_dict()
+    groups = []
+    for name, weight in before.items():
+        for link in LINKS:
+            match = re.fullmatch(link.maker + r"\.weight", name)
+            if match and name in after and len(after[name]) < len(weight):
+                channels, kept = len(weight) // link.rows, len(after[name]) // link.rows
+                groups.append(
+                    Group(name.removesuffix(".weight"), match.expand(link.reader), link.rows, channels, kept)
+                )
+    for group in groups:
+        group.slice(before, torch.arange(group.kept, device="meta"))
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (before, after)]
+    if not groups or shapes[0] != shapes[1]:
+        raise ExportError(
+            f"expected a checkpoint that holds more inner channels than the {narrow.name!r} widths and is "
+            f"otherwise equal, found the {wide.name!r} widths; pass the unpruned network"
+        )
+    return groups
+
+
+def taylor(group: Group, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+    """First-order change of the loss without each channel, (channels,), in the loss's unit, times two."""
+    made, read = group.sums({name: weights[name] * gradients[name] for name in group.names})
+    return made.abs() + read.abs()
+
+
+def shrink_(group: Group, weights: Mapping[str, Tensor], amount: float) -> None:
+    """One proximal step of the group lasso, in place.
+
+    Args:
+        group: whose channels to shrink.
+        weights: by name.
+        amount: by which the root mean square of a channel's numbers falls.
+    """
+    made, read = group.sums({name: weights[name].square() for name in group.names})
+    norms = (made + read).sqrt()
+    size = sum(weights[name].numel() for name in group.names) / group.channels
+    factors = 1 - amount * math.sqrt(size) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    # A bottleneck's 3x3 layer belongs to two groups, and is shrunk by each in turn.
+    group.scale_(weights, factors.clamp_min(MIN_FACTOR))
+
+
+class SparseTrainer(Trainer):
+    """Goes on training a network under the penalty, and weighs its channels on the way."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        sparsity: float,
+        options: TrainOptions,
+        clips: Sequence[Clip],
+        photos: Sequence[Clip],
+        validation: Sequence[Clip],
+        out: Path,
+        init: MstGan,
+    ) -> None:
+        """As ``Trainer``.
+
+        Args:
+            groups: channels to shrink and weigh, see ``find_groups``.
+            sparsity: of the penalty, as a share of Adam's step: what the root mean square of a channel's
+                numbers loses per step, over the learning rate.
+            options: as for ``Trainer``, and so are the others.
+            clips: footage to train on.
+            photos: still images to train on, may be empty.
+            validation: footage to score on.
+            out: run folder.
+            init: the trained network.
+
+        Raises:
+            ExportError: ``out`` holds a run without importance, or of other widths.
+        """
+        super().__init__(options, clips, photos, validation, out, init)
+        self.groups, self.sparsity = groups, sparsity
+        self.weights = dict(self.network.named_parameters())
+        self.importance = {g.maker: torch.zeros(g.channels, device=self.device) for g in groups}
+        if self.step:
+            self._resume_importance()
+        # Before the update: gradients belong to the weights as they are now.
+        self.optimizer.register_step_pre_hook(lambda *_: self._weigh())
+        self.optimizer.register_step_post_hook(lambda *_: self._shrink())
+
+    def _resume_importance(self) -> None:
+        path = self.out / IMPORTANCE_FILE
+        found = load_file(path, device=str(self.device)) if path.exists() else {}
+        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in self.importance.items()}:
+            raise ExportError(
+                f"expected the channels' importance in {path}, found none that fits; {self.out} holds "
+                "another run: choose another --out"
+            )
+        self.importance = found
+
+    @torch.no_grad()
+    def _weigh(self) -> None:
+        # Clipped gradients, all layers alike: an outlier among the batches has no more say than others.
+        gradients = {name: w.grad for name, w in self.weights.items() if w.grad is not None}
+        for group in self.groups:
+            if gradients.keys() >= set(group.names):
+                now = taylor(group, self.weights, gradients)
+                self.importance[group.maker].lerp_(now, 1 - IMPORTANCE_DECAY)
+
+    @torch.no_grad()
+    def _shrink(self) -> None:
+        for group in self.groups:
+            shrink_(group, self.weights, self.sparsity * self.learning_rate(self.step))
+
+    def save(self) -> None:
+        """As ``Trainer.save``, then the importance; one that is a few steps older does no harm."""
+        super().save()
+        partial = self.out / f"{IMPORTANCE_FILE}.part"
+        try:
+            save_file(self.importance, partial)
+            os.replace(partial, self.out / IMPORTANCE_FILE)
+        except (OSError, SafetensorError) as err:
+            partial.unlink(missing_ok=True)
+            raise ExportError(
+                f"expected to save the importance to {self.out}, found {err}; what was saved before is "
+                "intact: make room and start again to resume from it"
+            ) from err
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer's channels."""
+
+    layer: str
+    reader: str
+    channels: int
+    kept: int
+    kept_importance: float
+    """Share of the layer's importance, 0..1; kept / channels if importance were even."""
+    removed_importance: float
+
+
+def prune(
+    network: MstGan, target: Widths, importance: Mapping[str, Tensor]
+) -> tuple[MstGan, list[LayerReport]]:
+    """Cut a network down to the most important channels of each layer.
+
+    Args:
+        network: of the wider widths; it is left as it is.
+        target: widths of the answer.
+        importance: per group's maker, (channels,), >= 0.
+
+    Returns:
+        The pruned network in evaluation mode on the CPU, and a report per pruned layer.
+
+    Raises:
+        ExportError: as ``find_groups``.
+    """
+    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    report = []
+    for group in find_groups(network.widths, target):
+        weighed = importance[group.maker].detach().double().cpu()
+        chosen = weighed.topk(group.kept).indices.sort().values
+        group.slice(state, chosen)
+        total = weighed.sum().item()
+        kept = weighed[chosen].sum().item() / total if total else 1.0  # nothing was lost where nothing was
+        report.append(LayerReport(group.maker, group.reader, group.channels, group.kept, kept, 1 - kept))
+    pruned = MstGan(target)
+    pruned.load_state_dict(state)
+    return pruned.eval().requires_grad_(False), report
+
+
+def finish(trainer: SparseTrainer, target: Widths, out: Path) -> str:
+    """Prune what was trained; write the checkpoint, and ``.json`` and ``.csv`` beside it.
+
+    Returns:
+        A summary of one line.
+
+    Raises:
+        ExportError: training was stopped early, or the disk is full.
+    """
+    options = trainer.options
+    if trainer.step < options.steps:
+        raise ExportError(
+            f"expected {options.steps} steps before pruning, found {trainer.step}: the same command goes on "
+            "from there"
+        )
+    pruned, layers = prune(trainer.ema, target, trainer.importance)
+    scores = {}
+    for stage, network in (
+        ("before_pruning_db", trainer.ema),
+        ("after_pruning_db", pruned.to(trainer.device)),
+    ):
+        scored = evaluate(network, trainer.validation, options.validation_segments)
+        scores[stage] = mean(scored).gain_db
+    recipe = {
+        **asdict(options),
+        "pruned_from": trainer.network.widths.name,
+        "sparsity": trainer.sparsity,
+        "step": trainer.step,
+        "device": trainer.device.type,
+        "kept_importance": {layer.layer: round(layer.kept_importance, 4) for layer in layers},
+    }
+    report = {
+        "widths": target.name,
+        "recipe": recipe,
+        "psnr_y_gain": scores,
+        "layers": [*map(asdict, layers)],
+    }
+    try:
+        save_checkpoint(pruned, out, {"recipe": json.dumps(recipe)})
+        out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+        with out.with_suffix(".csv").open("w", newline="") as file:
+            rows = csv.DictWriter(file, list(asdict(layers[0])))
+            rows.writeheader()
+            rows.writerows(map(asdict, layers))
+    except (OSError, SafetensorError) as err:
+        raise ExportError(
+            f"expected to write {out} and its report, found {err}; make room, and the same command writes "
+            f"them from {trainer.out}"
+        ) from err
+    (params, flops), (pruned_params, pruned_flops) = count(trainer.network.widths), count(target)
+    worst = min(layers, key=lambda layer: layer.kept_importance)
+    return (
+        f"{out}: {params / 1e6:.1f} -> {pruned_params / 1e6:.1f} M parameters, {flops / 1e9:.0f} -> "
+        f"{pruned_flops / 1e9:.0f} GFLOPs at 1280x720; {worst.layer} keeps the least of its importance, "
+        f"{worst.kept_importance:.0%}; PSNR-Y over bicubic {scores['before_pruning_db']:+.2f} -> "
+        f"{scores['after_pruning_db']:+.2f} dB before fine-tuning"
+    )
