@@ -23,10 +23,6 @@ FP32, FP16, INT8 = "fp32", "fp16", "int8"  # rungs: precisions that a generator 
 PARENT_KEY = "fp32_sha256"  # in a rung's metadata: digest of the FP32 graph that it was converted from
 BANNER = "# Generated from export/spec.py by `python -m export repository`; edit there.\n"
 
-# How long the batcher holds an incomplete batch. The slowest stage runs for tens of milliseconds even on a
-# GPU, so a few of waiting cost little latency, and decoder jitter between a client's windows is about that.
-MAX_QUEUE_DELAY_US = 3000
-
 # What every instance runs before the server reports ready, so that no client pays for kernels and memory
 # pools. The frame is the smallest one served: a CPU server warms up six instances before it starts.
 ONNX_WARMUPS = [(batch, spec.LR_SIZES[0]) for batch in sorted({spec.BATCHES[0], spec.MAX_BATCH})]
@@ -234,7 +230,7 @@ def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.Mod
             pb.ModelInstanceGroup(name=name, count=1, kind=kind) for name in spec.INSTANCE_GROUPS
         ],
         dynamic_batching=pb.ModelDynamicBatching(
-            preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=MAX_QUEUE_DELAY_US
+            preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=spec.MAX_QUEUE_DELAY_US
         ),
         model_warmup=[_warmup(f"batch_{batch}", stage, batch, size) for batch, size in ONNX_WARMUPS],
     )

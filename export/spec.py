@@ -20,6 +20,7 @@ MAX_BATCH = BATCHES[-1]
 LR_SIZES: tuple[Size, Size, Size] = ((16, 16), (360, 640), (720, 1280))  # min, opt, max of a plan's profile
 FLOW_STRIDE = 4  # lr pixels per flow pixel
 INSTANCE_GROUPS = ("stream_0", "stream_1")  # the papers' two streams: copies of each stage in flight
+MAX_QUEUE_DELAY_US = 3000  # how long a batcher holds an incomplete batch
 OPSET = 18  # not above: TensorRT 10.13 computes GridSample of opset 20 wrongly (NVIDIA/TensorRT#4646)
 
 
