@@ -200,6 +200,7 @@ def test_rows_are_set_against_both_measurements_of_the_first(climb: Climb) -> No
     result, found = climb({"baseline-eager": [1.5, 2.5], **FIGURES})
 
     assert result.exit_code == 0, result.output
+    assert found["complete"]
     rows = {row["key"]: row for row in found["rows"]}
     assert rows["baseline-eager"]["fps_rounds"] == [1.5, 2.5]
     assert rows["baseline-eager"]["spread_percent"] == 50.0
@@ -257,6 +258,8 @@ def test_what_was_measured_until_an_interruption_is_kept(climb: Climb, tmp_path:
     result, found = climb({"baseline-eager": 2.0, **FIGURES, "pruned-int8": KeyboardInterrupt()})
 
     assert result.exit_code != 0
+    assert not found["complete"]
+    assert "**Not complete**" in " ".join(table.ladder_sections(found)[0].text)
     assert [row["key"] for row in found["rows"] if row["fps"]] == [
         "baseline-eager", "baseline-fp32", "pruned-fp32",
     ]  # fmt: skip

@@ -51,6 +51,7 @@ class Ladder:
         }
         self.rows: list[Row] = []
         self.failed: list[str] = []
+        self.is_complete = False
 
     def climb(self, rungs: list[Rung]) -> Path:
         """Measure all, and the first again at the end; a rung that fails leaves the others alone."""
@@ -62,6 +63,7 @@ class Ladder:
             log.info("  %s", described(self.rows[-1]))
         self.repeat_first()
         self.relate()
+        self.is_complete = True
         return self.save()
 
     def row(self, rung: Rung) -> Row:
@@ -126,7 +128,8 @@ class Ladder:
 
     def save(self) -> Path:
         """Write everything measured so far."""
-        return results.write(self.out, {**self.facts, "rows": self.rows, "failed": self.failed})
+        state = {"complete": self.is_complete, "failed": self.failed}
+        return results.write(self.out, {**self.facts, **state, "rows": self.rows})
 
 
 def described(row: Row) -> str:

@@ -78,6 +78,8 @@ def _ladder(result: Result) -> Section:
             f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile, in {len(disturbed)} of "
             f"{len(rows)} rows. **Do not quote these figures.**"
         )
+    if not result["complete"]:
+        text.append("**Not complete**: the run was stopped, and rows or the repeat of the first are missing.")
     notes = [f"{row['name']}: {row[key]}." for row in rows for key in ("note", "why") if key in row]
     if memory := _memory(rows):
         text.append(memory)
