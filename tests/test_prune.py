@@ -21,7 +21,7 @@ from export.checkpoint import load_checkpoint, save_checkpoint
 from export.errors import ExportError
 from export.network import BASELINE, PRUNED, WIDTHS, MstGan, count
 from export.training.footage import Clip
-from export.training.prune import Group, SparseTrainer, find_groups, finish, prune, taylor
+from export.training.prune import Group, SparseTrainer, find_groups, finish, prune, shrink_, taylor
 from export.training.trainer import Trainer, TrainOptions
 
 WIDE = replace(
@@ -177,6 +177,36 @@ def test_penalty_shrinks_what_the_loss_does_not_hold(wide: MstGan, tmp_path: Pat
     assert changes[0.5] == pytest.approx(3 * 0.5 * 1e-3, rel=1e-3)
 
 
+def test_no_step_silences_a_channel(wide: MstGan) -> None:
+    group = find_groups(WIDE, TINY)[-1]
+    weights = {name: wide.get_parameter(name).detach() for name in group.names}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    shrink_(group, weights, 1e3)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, 0.9 * before[name])
+
+
+def test_full_disk_keeps_what_was_saved(
+    wide: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sparse_trainer(tmp_path / "run", wide, steps=1)
+    trainer.train_step(trainer.sampler.batch(0, 2))
+    trainer.save()
+    before = load_file(tmp_path / "run" / "importance.safetensors")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("export.training.prune.save_checkpoint", fail)
+    with pytest.raises(ExportError, match=r"expected to write .*No space left.*the same command writes them"):
+        finish(trainer, TINY, tmp_path / "pruned.safetensors")
+    monkeypatch.setattr("export.training.prune.save_file", fail)
+    with pytest.raises(ExportError, match=r"expected to save the importance .*No space left"):
+        trainer.save()
+    again = load_file(tmp_path / "run" / "importance.safetensors")
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
 def test_baseline_becomes_a_loadable_pruned_checkpoint(tmp_path: Path) -> None:
     groups = find_groups(BASELINE, PRUNED)
     pruned, _ = prune(MstGan(BASELINE), PRUNED, random_importance(groups))
@@ -203,7 +233,9 @@ def test_resumed_run_weighs_as_an_unbroken_one(wide: MstGan, tmp_path: Path) -> 
     for step in range(2):
         stopped.train_step(stopped.sampler.batch(step, 2))
     stopped.save()
-    with pytest.raises(ExportError, match="expected 4 steps before pruning, found 2"):
+    with pytest.raises(
+        ExportError, match="expected the whole run before channels go, found 50% of it, 2 steps"
+    ):
         finish(stopped, TINY, tmp_path / "early.safetensors")
     assert not (tmp_path / "early.safetensors").exists()
     parts = sparse_trainer(tmp_path / "parts", wide)

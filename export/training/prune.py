@@ -297,10 +297,10 @@ def finish(trainer: SparseTrainer, target: Widths, out: Path) -> str:
         ExportError: training was stopped early, or the disk is full.
     """
     options = trainer.options
-    if trainer.step < options.steps:
+    if (progress := trainer.progress(trainer.step)) < 1:
         raise ExportError(
-            f"expected {options.steps} steps before pruning, found {trainer.step}: the same command goes on "
-            "from there"
+            f"expected the whole run before channels go, found {progress:.0%} of it, {trainer.step} steps: "
+            "the same command goes on from there"
         )
     pruned, layers = prune(trainer.ema, target, trainer.importance)
     scores = {}
