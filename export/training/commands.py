@@ -15,6 +15,8 @@ from export.folders import BUILD
 
 log = logging.getLogger(__name__)
 
+OBJECTIVES = ("fidelity", "flow", "adversarial")
+
 # They import what they need when they run, so that --help needs no torch.
 
 
@@ -33,15 +35,30 @@ log = logging.getLogger(__name__)
 @click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
 @click.option("--init", type=click.Path(path_type=Path), help="Checkpoint to start from.")
 @click.option(
-    "--objective", type=click.Choice(["fidelity", "flow"]), default="fidelity", help="flow: the flow alone."
-)
+    "--objective", type=click.Choice(OBJECTIVES), default="fidelity",
+    help="flow: the flow alone; adversarial: against a discriminator, after fidelity.",
+)  # fmt: skip
 @click.option(
     "--teacher",
     type=click.Path(path_type=Path),
     help="Checkpoint whose answers are learned too.",
 )
 @click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
-@click.option("--temporal-weight", default=0.0, help="Of flicker between consecutive answers.")
+@click.option(
+    "--temporal-weight", type=float, show_default="0; adversarial: 0.5",
+    help="Of flicker between consecutive answers.",
+)  # fmt: skip
+@click.option(
+    "--perceptual", type=click.Path(path_type=Path),
+    help="Weights of VGG19 distilled to a sixteenth, for the perceptual loss of --objective adversarial.",
+)  # fmt: skip
+@click.option("--perceptual-weight", default=1.0, help="Of the perceptual loss.")
+@click.option("--adversarial-weight", default=0.01, help="Of the discriminator's score.")
+@click.option("--discriminator-lr", default=1.0, help="Its learning rate over that of the generator.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path),
+    help="Folder with the weights of LPIPS (squeeze v0.1), by which an adversarial run is judged.",
+)  # fmt: skip
 @click.option("--flow-lr", default=1.0, help="Learning rate of the flow over that of the generator.")
 @click.option("--freeze-flow", default=0, help="Steps before the flow is trained.")
 @click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
@@ -53,7 +70,7 @@ log = logging.getLogger(__name__)
 )  # fmt: skip
 @click.option("--batch", default=12, help="Windows per step.")
 @click.option("--patch", default=192, help="Hr pixels a side.")
-@click.option("--lr", default=4e-4, help="Peak learning rate.")
+@click.option("--lr", type=float, show_default="4e-4; adversarial: 1e-4", help="Peak learning rate.")
 @click.option("--warmup", default=500, help="Steps over which the learning rate rises.")
 @click.option("--seed", default=0)
 @click.option(
@@ -65,19 +82,28 @@ log = logging.getLogger(__name__)
 @click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
-    objective: str, teacher: Path | None, teacher_weight: float, temporal_weight: float, flow_lr: float,
-    freeze_flow: int, photo_share: float, widths: str, steps: int, minutes: float | None, batch: int,
-    patch: int, lr: float, warmup: int, seed: int, bf16: bool | None, compiled: bool, hold: bool,
-    validate_every: int,
+    objective: str, teacher: Path | None, teacher_weight: float, temporal_weight: float | None,
+    perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
+    weights: Path | None, flow_lr: float, freeze_flow: int, photo_share: float, widths: str, steps: int,
+    minutes: float | None, batch: int, patch: int, lr: float | None, warmup: int, seed: int,
+    bf16: bool | None, compiled: bool, hold: bool, validate_every: int,
 ) -> None:  # fmt: skip
-    """Train the generator for fidelity, or after a teacher; Ctrl-C saves, the same command goes on."""
+    """Train for fidelity, a teacher, or against a discriminator; Ctrl-C saves, the same command goes on.
+
+    An adversarial run keeps, as best.safetensors, the lowest LPIPS among those that lose at most 1 dB of
+    PSNR-Y and whose tOF is at most 5 % worse than at its start.
+    """
     import torch
 
     from export.checkpoint import load_checkpoint
     from export.network import WIDTHS
     from export.spec import MULTIPLE_OF, SCALE
+    from export.training.evaluation import Instruments
     from export.training.footage import load_folder
-    from export.training.trainer import Trainer, TrainOptions
+    from export.training.lpips import NAME, load_lpips
+    from export.training.options import LEARNING_RATES, TEMPORAL_WEIGHTS
+    from export.training.perceptual import load_distilled_vgg
+    from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
     if widths not in WIDTHS:
@@ -89,11 +115,39 @@ def train(
             "expected --objective flow alone, found --teacher or --freeze-flow, which leave it nothing "
             "to do; drop them, or train for fidelity"
         )
+    if objective == "adversarial":
+        if not (init or (out / STATE_FILE).exists()):
+            raise ExportError(
+                "expected --init with --objective adversarial, found none; train fidelity first"
+            )
+        if not weights:
+            raise ExportError(
+                f"expected --weights FOLDER, the weights of {NAME}, found none: an adversarial run is judged "
+                "by it"
+            )
+        if not perceptual and perceptual_weight:
+            raise ExportError(
+                "expected --perceptual FILE with --objective adversarial, found none; pass it, or "
+                "--perceptual-weight 0 to train without a perceptual loss"
+            )
+        if not perceptual_weight:
+            log.warning("the perceptual loss is left out: its weight is zero")
+    elif perceptual or weights:
+        raise ExportError(
+            f"expected --perceptual and --weights with --objective adversarial alone, found {objective!r}; "
+            "drop them"
+        )
+    distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
+    instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
     held_back = validation.read_text().split()
     options = TrainOptions(
-        objective=objective, teacher_weight=teacher_weight, temporal_weight=temporal_weight,
+        objective=objective, teacher_weight=teacher_weight,
+        temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
+        perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
+        discriminator_lr=discriminator_lr,
         flow_lr=flow_lr, freeze_flow=freeze_flow, photo_share=photo_share, widths=widths, steps=steps,
-        minutes=minutes, batch=batch, patch=patch, lr=lr, warmup=warmup, seed=seed,
+        minutes=minutes, batch=batch, patch=patch,
+        lr=LEARNING_RATES[objective] if lr is None else lr, warmup=warmup, seed=seed,
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip
@@ -104,7 +158,10 @@ def train(
     if start and start.widths.name != widths:
         raise ExportError(f"expected --init of the {widths!r} widths, found {start.widths.name!r}")
     master = load_checkpoint(teacher) if teacher else None
-    Trainer(options, training_clips, training_photos, validation_clips, out, start, master).run()
+    Trainer(
+        options, training_clips, training_photos, validation_clips, out, start, master,
+        perceptual=distance, instruments=instruments,
+    ).run()  # fmt: skip
 
 
 @click.command()

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+LEARNING_RATES = {"fidelity": 4e-4, "flow": 4e-4, "adversarial": 1e-4}
+TEMPORAL_WEIGHTS = {"fidelity": 0.0, "flow": 0.0, "adversarial": 0.5}
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -27,7 +30,8 @@ class TrainOptions:
     decay_share: float = 0.4
     """The learning rate is constant, then falls along a half cosine over this last share of the run."""
     objective: str = "fidelity"
-    """Or "flow": the flow alone, which is cheap and pays before the generator learns to use it."""
+    """Or "flow": the flow alone, which is cheap and pays before the generator learns to use it; or
+    "adversarial": fidelity, a perceptual loss and a discriminator, from weights trained for fidelity."""
     flow_weight: float = 0.1
     flow_smoothness: float = 0.05
     motion_weight: float = 0.1
@@ -36,6 +40,12 @@ class TrainOptions:
     """Of the distance to the teacher's answer, beside the distance to the truth; used with a teacher."""
     temporal_weight: float = 0.0
     """Of the temporal loss, see ``losses.temporal_loss``; above 0, crops are five frames long."""
+    perceptual_weight: float = 1.0
+    """Of the perceptual distance to the truth, 0.02 for bicubic; used with the adversarial objective."""
+    adversarial_weight: float = 0.01
+    """Of the discriminator's score; used with the adversarial objective."""
+    discriminator_lr: float = 1.0
+    """Learning rate of the discriminator over that of the generator."""
     flow_lr: float = 1.0
     """Learning rate of the flow over that of the generator."""
     freeze_flow: int = 0

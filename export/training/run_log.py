@@ -10,7 +10,10 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-FIELDS = ("step", "pixel", "teacher", "flow", "temporal", "lr", "step_s", "gain_db")
+FIELDS = (
+    "step", "pixel", "teacher", "flow", "temporal", "perceptual", "adversarial", "discriminator",
+    "lr", "step_s", "gain_db", "lpips", "tof_px",
+)  # fmt: skip
 
 
 class RunLog:

@@ -1,4 +1,4 @@
-"""Training of the generator alone, resumable: for fidelity, for its flow, or after a teacher."""
+"""Training of a network, resumable: of its flow, for fidelity, for a teacher, against a discriminator."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -22,17 +23,21 @@ from export.checkpoint import save_checkpoint
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan
 from export.spec import CHANNELS, SCALE, WINDOW
-from export.training.evaluation import Score, evaluate, mean
+from export.training.adversarial import Adversary
+from export.training.evaluation import Instruments, Score, evaluate, mean
 from export.training.footage import Clip
 from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
 from export.training.options import TrainOptions
+from export.training.perceptual import DistilledVgg
 from export.training.run_log import RunLog
+from export.training.selection import Selection, watched
 from export.training.windows import Batch, WindowSampler, downscale, windowed
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 EMA_FILE = "ema.safetensors"
+BEST_FILE = "best.safetensors"
 LOG_FILE = "log.csv"
 LOG_EVERY = 50
 LONG = 5  # frames of a crop that holds three consecutive windows, and so three consecutive answers
@@ -50,6 +55,9 @@ class Trainer:
         out: Path,
         init: MstGan | None = None,
         teacher: MstGan | None = None,
+        *,
+        perceptual: DistilledVgg | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         """Start afresh, from ``init``'s weights, or where ``out`` left off.
 
@@ -61,11 +69,15 @@ class Trainer:
             out: run folder, created if missing.
             init: weights to start from, of the same widths.
             teacher: a network, of any widths, whose answers are learned beside the truth.
+            perceptual: network of the perceptual loss, for the adversarial objective.
+            instruments: what validation measures besides PSNR-Y and SSIM-Y; the adversarial objective needs
+                LPIPS and tOF, to choose its best checkpoint by.
 
         Raises:
             ExportError: ``out`` holds a run that these options cannot go on with.
         """
         self.options, self.validation, self.out = options, validation, out
+        self.instruments = instruments or Instruments()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         # TF32 for convolutions alone: grids of the photos' known motion are products of matrices, and its
@@ -91,7 +103,15 @@ class Trainer:
             clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
             device=self.device if options.hold and self.device.type == "cuda" else None,
         )  # fmt: skip
-        self.length = LONG if options.temporal_weight > 0 else WINDOW
+        self.adversary: Adversary | None = None
+        self.selection: Selection | None = None
+        if options.objective == "adversarial":
+            self.adversary = Adversary(options, perceptual, self.device)
+            self.selection = Selection()
+            self.validation = watched(validation)
+        if self.instruments.lpips:
+            self.instruments.lpips.to(self.device)
+        self.length = LONG if options.temporal_weight > 0 or self.adversary else WINDOW
         self.step = 0
         self.spent_s = 0.0
         out.mkdir(parents=True, exist_ok=True)
@@ -117,6 +137,14 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         # The options of this run count, as for the learning rate itself.
         self.optimizer.param_groups[0]["scale"] = self.options.flow_lr
+        if self.adversary and self.selection:
+            if "adversary" not in state:
+                raise ExportError(
+                    f"expected {self.out} to hold an adversarial run, found one of another objective; choose "
+                    f"another --out, with --init {self.out / EMA_FILE}"
+                )
+            self.adversary.load_state_dict(state["adversary"])
+            self.selection.load_state_dict(state["selection"])
         self.step = state["step"]
         self.spent_s = state.get("spent_s", 0.0)  # versions before it had no budget of time
         log.info("resumed %s at step %d", self.out, self.step)
@@ -136,6 +164,14 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.adversary and self.selection:
+            state |= {"adversary": self.adversary.state_dict(), "selection": self.selection.state_dict()}
+        with self._guard(partial):
+            torch.save(state, partial)
+            os.replace(partial, self.out / STATE_FILE)
+            self._save_average(self.out / EMA_FILE)
+
+    def _save_average(self, path: Path) -> None:
         recipe = {
             **asdict(self.options),
             "teacher": self.teacher.widths.name if self.teacher else None,
@@ -143,10 +179,13 @@ class Trainer:
             "spent_s": round(self.spent_s),
             "device": self.device.type,
         }
+        save_checkpoint(self.ema, path, {"recipe": json.dumps(recipe)})
+
+    @contextmanager
+    def _guard(self, partial: Path) -> Iterator[None]:
+        """Turn a failed write into one line, and take the half of a file away."""
         try:
-            torch.save(state, partial)
-            os.replace(partial, self.out / STATE_FILE)
-            save_checkpoint(self.ema, self.out / EMA_FILE, {"recipe": json.dumps(recipe)})
+            yield
         except (OSError, RuntimeError, SafetensorError) as err:  # torch reports a full disk as RuntimeError
             partial.unlink(missing_ok=True)
             raise ExportError(
@@ -191,11 +230,18 @@ class Trainer:
             imitation = charbonnier(answer, self._taught(self.teacher, frames))
             total = total + o.teacher_weight * imitation
             parts["teacher"] = imitation.detach()
+        if self.length == WINDOW:
+            return total, parts
+        answers = F.pixel_shuffle(answer, SCALE).reshape(n, length - WINDOW + 1, CHANNELS, h, w)
         if o.temporal_weight > 0:
-            answers = F.pixel_shuffle(answer, SCALE).reshape(n, length - WINDOW + 1, CHANNELS, h, w)
             temporal = temporal_loss(answers - truth, estimates[-1].flow, aligned)
             total = total + o.temporal_weight * temporal
             parts["temporal"] = temporal.detach()
+        if self.adversary:
+            middle = frames.unflatten(0, (n, -1))[:, answers.shape[1] // 2, WINDOW // 2]
+            verdict, more = self.adversary.judge(answers, truth, middle, self.step, self.progress(self.step))
+            total = total + verdict
+            parts |= more
         return total, parts
 
     @torch.no_grad()
@@ -213,26 +259,34 @@ class Trainer:
         self.network.flow_align.requires_grad_(self.step >= self.options.freeze_flow)
         self.optimizer.zero_grad(set_to_none=True)
         total, parts = self.loss(batch)
-        # The one place where a step waits for the device. Not later: the backward pass of a warp by a flow
-        # that is not a number reads memory that is not its own.
-        if not torch.isfinite(total):
-            raise ExportError(
-                f"expected a finite loss, found {total.item()} at step {self.step}; the last good state is "
-                f"in {self.out}: lower --lr and start again to resume from it"
-            )
+        # Here a step waits for the device. Not later: the backward pass of a warp by a flow that is not a
+        # number reads memory that is not its own.
+        self._require_finite(total)
         reported = {name: float(value) for name, value in parts.items()}
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
         self.optimizer.step()
+        if self.adversary:
+            rate = self.options.discriminator_lr * self.learning_rate(self.step)
+            loss = self.adversary.learn(rate)
+            self._require_finite(loss)
+            reported["discriminator"] = float(loss)
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         averages, currents = tuple(self.ema.parameters()), tuple(self.network.parameters())
         get_ema_multi_avg_fn(decay)(averages, currents, None)
         return reported
 
+    def _require_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise ExportError(
+                f"expected a finite loss, found {loss.item()} at step {self.step}; the last good state is "
+                f"in {self.out}: lower --lr and start again to resume from it"
+            )
+
     def score(self) -> Score:
         """Scores of the averaged weights, the mean over the validation clips."""
-        score = mean(evaluate(self.ema, self.validation, self.options.validation_segments))
+        score = mean(evaluate(self.ema, self.validation, self.options.validation_segments, self.instruments))
         log.info(
             "step %d: PSNR-Y %.3f dB, bicubic %.3f dB, gain %+.3f dB",
             self.step, score.psnr_y_db, score.bicubic_psnr_y_db, score.gain_db,
@@ -242,6 +296,19 @@ class Trainer:
     def validate(self) -> float:
         """Mean PSNR-Y gain over bicubic, in dB, of the averaged weights."""
         return self.score().gain_db
+
+    def _watch(self) -> dict[str, float | None]:
+        """Score, keep the averaged weights if they are the best so far, and tell the log's columns."""
+        score = self.score()
+        found = score.network
+        if self.selection and self.selection.admit(found):
+            path = self.out / BEST_FILE
+            with self._guard(path.with_name(f"{path.name}.part")):
+                self._save_average(path)
+            log.info(
+                "step %d: the best so far, LPIPS %.4f, tOF %.3f px", self.step, found.lpips, found.tof_px
+            )
+        return {"gain_db": score.gain_db, "lpips": found.lpips, "tof_px": found.tof_px}
 
     def run(self) -> None:
         """Train to the end, saving and validating on the way and when interrupted.
@@ -256,6 +323,8 @@ class Trainer:
             pending = loader.submit(self.sampler.batch, self.step, o.batch, self.length)
             spent_before, began = self.spent_s, monotonic()
             row_step, row_s = self.step, self.spent_s
+            if self.selection and not self.selection.start:
+                run_log.write({"step": self.step, **self._watch()})
             try:
                 while self.progress(self.step) < 1:
                     batch = Batch(*(tensor.to(self.device) for tensor in pending.result()))
@@ -272,7 +341,7 @@ class Trainer:
                         "step_s": (self.spent_s - row_s) / (self.step - row_step),
                     }
                     if self.step % o.validate_every == 0 or progress >= 1:
-                        row["gain_db"] = self.validate()
+                        row |= self._watch()
                         self.save()
                         self.spent_s = spent_before + monotonic() - began
                     run_log.write(row)

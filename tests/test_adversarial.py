@@ -1,0 +1,295 @@
+"""The adversarial stage: a discriminator that learns and resumes, a perceptual loss, the rule of the best."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner, Result
+from tiny_network import TINY, shake
+
+from export.__main__ import main
+from export.checkpoint import load_checkpoint, save_checkpoint
+from export.errors import ExportError
+from export.network import WIDTHS, MstGan
+from export.training.adversarial import NOISE, Adversary
+from export.training.discriminator import Discriminator
+from export.training.evaluation import Instruments, Measures, Score
+from export.training.footage import SEGMENT, Clip
+from export.training.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
+from export.training.options import TrainOptions
+from export.training.perceptual import DistilledVgg, load_distilled_vgg
+from export.training.selection import Selection, watched
+from export.training.trainer import BEST_FILE, Trainer
+
+STEPS = 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
+    monkeypatch.delenv("VSR_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    """A picture that moves by (2, 3) pixels per frame."""
+    noise = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+    picture = (F.interpolate(noise, scale_factor=6, mode="bicubic")[0].clamp(0, 1) * 255).byte().numpy()
+    frames = [picture[:, 2 * t : 2 * t + 96, 3 * t : 3 * t + 112] for t in range(SEGMENT)]
+    return Clip("moving", np.stack(frames).transpose(0, 2, 3, 1)[None])
+
+
+@pytest.fixture
+def start() -> MstGan:
+    return shake(MstGan(TINY))
+
+
+@pytest.fixture(scope="module")
+def vgg() -> DistilledVgg:
+    torch.manual_seed(3)
+    return DistilledVgg().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def instruments() -> Instruments:
+    torch.manual_seed(4)
+    lpips = Lpips().eval().requires_grad_(False)
+    for head in lpips.heads:
+        head.fill_(1.0)
+    return Instruments(lpips, flicker=True)
+
+
+def options(**changes: object) -> TrainOptions:
+    small = {
+        "objective": "adversarial", "widths": TINY.name, "steps": STEPS, "batch": 1, "patch": 64,
+        "warmup": 1, "validate_every": 2, "bf16": False, "lr": 1e-4, "temporal_weight": 0.5,
+    }  # fmt: skip
+    return TrainOptions(**{**small, **changes})
+
+
+def random_triplets(seed: int) -> torch.Tensor:
+    return torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_discriminator_is_bounded_and_sees_time() -> None:
+    torch.manual_seed(0)
+    judge = Discriminator()
+    frames, bicubic = random_triplets(0), torch.rand(2, 3, 64, 64)
+    for _ in range(20):
+        scores = judge(frames, bicubic)
+    assert scores.shape == (2, 1, 4, 4)
+    judge.eval()
+    for layer in judge.layers:
+        norm = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
+        assert float(norm) == pytest.approx(1, rel=0.2)
+    assert not torch.allclose(judge(frames, bicubic), judge(frames[:, [2, 1, 0]], bicubic))
+    assert not torch.allclose(judge(frames, bicubic), judge(frames, 1 - bicubic))
+
+
+def test_discriminator_learns_to_tell_and_the_generator_is_told() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(options(adversarial_weight=2.0), None, CPU)
+    truth, lr = random_triplets(0), torch.rand(2, 3, 16, 16)
+    answers = F.avg_pool2d(truth.flatten(0, 1), 5, 1, 2).view_as(truth).requires_grad_()
+    losses = []
+    for step in range(30):
+        total, parts = adversary.judge(answers, truth, lr, step, 0.5)
+        assert total.item() == pytest.approx(2 * float(parts["adversarial"]))
+        losses.append(float(adversary.learn(1e-3)))
+    assert losses[-1] < 0.5 * losses[0]
+    total, _ = adversary.judge(answers, truth, lr, 30, 1.0)
+    total.backward()
+    assert answers.grad is not None
+    # What the generator is told leaves the discriminator alone, and takes it nearer to the truth.
+    with torch.no_grad():
+        better, _ = adversary.judge(answers - 10 * answers.grad, truth, lr, 30, 1.0)
+    assert better < total
+
+
+def test_noise_fades_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    adversary = Adversary(options(), None, CPU)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        adversary.discriminator, "forward", lambda x, _: seen.append(x) or x.mean((1, 2), keepdim=True)
+    )
+    frames, lr = random_triplets(0), torch.rand(2, 3, 16, 16)
+    for progress in (0.0, 0.5, 1.0, 1.2):
+        adversary.judge(frames, frames, lr, 0, progress)
+    sigmas = [float((x - frames).std()) for x in seen]
+    assert sigmas == pytest.approx([NOISE, NOISE / 2, 0, 0], rel=0.05)
+    adversary.judge(frames, frames, lr, 1, 0.0)
+    assert not torch.equal(seen[-1], seen[0])
+    adversary.judge(frames, frames, lr, 0, 0.0)
+    assert torch.equal(seen[-1], seen[0])
+
+
+def test_perceptual_distance(vgg: DistilledVgg) -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    little, much = (F.avg_pool2d(image, size, 1, size // 2) for size in (3, 7))
+    assert vgg(image, image) == 0
+    assert 0 < vgg(little, image) < vgg(much, image) < 1
+    moved = little.clone().requires_grad_()
+    vgg(moved, image).backward()
+    assert moved.grad is not None
+    assert vgg(moved.detach() - 10 * moved.grad, image) < vgg(little, image)
+    assert not any(p.requires_grad for p in vgg.parameters())
+
+
+def published(vgg: DistilledVgg) -> dict[str, object]:
+    state = {name.removeprefix("convs."): value for name, value in vgg.state_dict().items()}
+    return {"epoch": 5, "model": {**state, "conv51_aux.weight": torch.zeros(512, 128, 1, 1)}}
+
+
+def test_published_weights_are_read(vgg: DistilledVgg, tmp_path: Path) -> None:
+    torch.save(published(vgg), tmp_path / "vgg.pth")
+    image, other = torch.rand(2, 1, 3, 32, 32)
+    assert load_distilled_vgg(tmp_path / "vgg.pth")(image, other) == vgg(image, other)
+
+
+@pytest.mark.parametrize("fault", ["missing", "text", "list", "shape", "key"])
+def test_other_perceptual_files_are_refused(fault: str, vgg: DistilledVgg, tmp_path: Path) -> None:
+    path, stored = tmp_path / "vgg.pth", published(vgg)
+    model = stored["model"]
+    assert isinstance(model, dict)
+    if fault == "shape":
+        model["conv31.weight"] = torch.zeros(256, 128, 3, 3)
+    if fault == "key":
+        del model["conv44.bias"]
+    if fault == "text":
+        path.write_text("weights")
+    elif fault != "missing":
+        torch.save([1, 2] if fault == "list" else stored, path)
+    with pytest.raises(ExportError, match="expected weights of VGG19 distilled to a sixteenth") as caught:
+        load_distilled_vgg(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_best_is_the_lowest_lpips_among_the_allowed() -> None:
+    first = Measures(psnr_y_db=30.0, ssim_y=0.9, lpips=0.30, tof_px=0.20)
+    selection = Selection()
+    assert selection.admit(first)
+    assert selection.admit(replace(first, psnr_y_db=29.0, lpips=0.25, tof_px=0.21))
+    assert not selection.admit(replace(first, psnr_y_db=28.9, lpips=0.10))  # loses more than 1 dB
+    assert not selection.admit(replace(first, lpips=0.10, tof_px=0.2101))  # flickers
+    resumed = Selection()
+    resumed.load_state_dict(selection.state_dict())
+    assert not resumed.admit(replace(first, lpips=0.26))
+    assert resumed.admit(replace(first, lpips=0.24, psnr_y_db=29.5))
+    with pytest.raises(ExportError, match="expected LPIPS and tOF"):
+        resumed.admit(replace(first, tof_px=None))
+
+
+def test_centres_are_watched() -> None:
+    frames = np.arange(400 * 300).reshape(1, 1, 400, 300, 1)
+    (centre,) = watched([Clip("large", frames)])
+    assert centre.segments.shape == (1, 1, 256, 256, 1)
+    assert centre.segments[0, 0, 0, 0] == frames[0, 0, 72, 22]
+    (small,) = watched([Clip("small", frames[:, :, :96, :112])])
+    assert small.segments.shape == (1, 1, 96, 112, 1)
+
+
+def test_resumed_adversarial_run_equals_an_unbroken_one(
+    clip: Clip, start: MstGan, vgg: DistilledVgg, instruments: Instruments, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("export.training.trainer.LOG_EVERY", 2)
+
+    def trainer(name: str) -> Trainer:
+        out = tmp_path / name
+        return Trainer(options(), [clip], [], [clip], out, start, perceptual=vgg, instruments=instruments)
+
+    trainer("whole").run()
+    stopped = trainer("parts")
+    for step in range(3):
+        stopped.train_step(stopped.sampler.batch(step, 1, length=5))
+    stopped.save()
+    trainer("parts").run()
+    whole, parts = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    for kind in (("ema",), ("network",), ("adversary", "discriminator")):
+        a, b = whole, parts
+        for key in kind:
+            a, b = a[key], b[key]
+        assert all(torch.equal(value, b[name]) for name, value in a.items()), kind
+    rows = list(csv.DictReader((tmp_path / "whole" / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    for row in rows:
+        assert float(row["lpips"]) > 0 and float(row["tof_px"]) >= 0
+    for column in ("pixel", "flow", "temporal", "perceptual", "adversarial", "discriminator"):
+        assert np.isfinite(float(rows[-1][column])), column
+    assert load_checkpoint(tmp_path / "whole" / BEST_FILE).widths == TINY
+
+
+def test_best_checkpoint_is_not_the_last(
+    clip: Clip, start: MstGan, instruments: Instruments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.training.trainer.LOG_EVERY", 1)
+    lpips = iter([0.30, 0.20, 0.25, 0.24, 0.22])
+
+    def score(trainer: Trainer) -> Score:
+        found = Measures(psnr_y_db=30.0, ssim_y=0.9, lpips=next(lpips), tof_px=0.2)
+        return Score("mean", 5, found, found, 30.0)
+
+    kept: dict[int, bytes] = {}
+    real_save = Trainer.save
+
+    def save(trainer: Trainer) -> None:
+        real_save(trainer)
+        kept[trainer.step] = (trainer.out / "ema.safetensors").read_bytes()
+
+    monkeypatch.setattr(Trainer, "score", score)
+    monkeypatch.setattr(Trainer, "save", save)
+    o = options(validate_every=1, ema=0.0, perceptual_weight=0.0)
+    Trainer(o, [clip], [], [clip], tmp_path, start, instruments=instruments).run()
+    best = load_checkpoint(tmp_path / BEST_FILE).state_dict()
+    (tmp_path / "first.safetensors").write_bytes(kept[1])
+    (tmp_path / "last.safetensors").write_bytes(kept[STEPS])
+    first, last = (load_checkpoint(tmp_path / f"{n}.safetensors").state_dict() for n in ("first", "last"))
+    assert all(torch.equal(best[name], first[name]) for name in best)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_run_of_another_objective_is_refused(clip: Clip, start: MstGan, tmp_path: Path) -> None:
+    Trainer(options(objective="fidelity"), [clip], [], [clip], tmp_path, start).save()
+    with pytest.raises(ExportError, match="to hold an adversarial run, found one of another objective"):
+        Trainer(options(), [clip], [], [clip], tmp_path, start)
+
+
+def train(folder: Path, *more: object) -> Result:
+    (folder / "held_back.txt").write_text("a.mp4\n")
+    arguments = [
+        "train", "--clips", folder, "--validation", folder / "held_back.txt", "--out", folder / "run",
+        "--widths", TINY.name, "--patch", 64, *more,
+    ]  # fmt: skip
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_command_says_what_an_adversarial_run_needs(
+    start: MstGan, instruments: Instruments, tmp_path: Path
+) -> None:
+    assert instruments.lpips is not None
+    save_checkpoint(start, tmp_path / "start.safetensors", {})
+    torch.save(instruments.lpips.backbone.state_dict(), tmp_path / BACKBONE_FILE)
+    heads = {f"lin{i}.model.1.weight": head for i, head in enumerate(instruments.lpips.heads)}
+    torch.save(heads, tmp_path / HEADS_FILE)
+    adversarial = ("--objective", "adversarial")
+    init = ("--init", tmp_path / "start.safetensors")
+    weights = ("--weights", tmp_path)
+    for arguments, message in (
+        (adversarial, "expected --init with --objective adversarial"),
+        ((*adversarial, *init), "expected --weights FOLDER"),
+        ((*adversarial, *init, *weights), "expected --perceptual FILE"),
+        ((*adversarial, *init, *weights, "--perceptual", tmp_path / "x.pth"), "found no file"),
+        (weights, "--perceptual and --weights with --objective adversarial alone, found 'fidelity'"),
+        ((*adversarial, *init, *weights, "--perceptual-weight", 0), "expected a.mp4 in"),  # the next fault
+    ):
+        result = train(tmp_path, *arguments)
+        assert result.exit_code == 1
+        assert message in result.output, result.output
+        assert result.output.strip().count("\n") <= 1
