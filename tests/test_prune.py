@@ -216,6 +216,16 @@ def test_baseline_becomes_a_loadable_pruned_checkpoint(tmp_path: Path) -> None:
     assert sum(p.numel() for p in loaded.parameters()) == count(PRUNED, (64, 64))[0]
 
 
+def test_layers_without_importance_are_named(wide: MstGan, caplog: pytest.LogCaptureFixture) -> None:
+    importance = random_importance(find_groups(WIDE, TINY))
+    with caplog.at_level("WARNING", "export"):
+        prune(wide, TINY, importance)
+        assert not caplog.text
+        importance["generator.up2"].zero_()
+        prune(wide, TINY, importance)
+    assert "1 layers, as generator.up2, have weighed nothing" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wide_widths", "narrow_widths"),
     [(PRUNED, PRUNED), (PRUNED, BASELINE), (WIDE, PRUNED), (WIDE, replace(TINY, detail=8)),

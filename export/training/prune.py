@@ -274,14 +274,21 @@ def prune(
         ExportError: as ``find_groups``.
     """
     state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-    report = []
+    report, silent = [], []
     for group in find_groups(network.widths, target):
         weighed = importance[group.maker].detach().double().cpu()
         chosen = weighed.topk(group.kept).indices.sort().values
         group.slice(state, chosen)
         total = weighed.sum().item()
+        if not total:
+            silent.append(group.maker)
         kept = weighed[chosen].sum().item() / total if total else 1.0  # nothing was lost where nothing was
         report.append(LayerReport(group.maker, group.reader, group.channels, group.kept, kept, 1 - kept))
+    if silent:
+        log.warning(
+            "%d layers, as %s, have weighed nothing in the loss: which of their channels stay is arbitrary",
+            len(silent), silent[0],
+        )  # fmt: skip
     pruned = MstGan(target)
     pruned.load_state_dict(state)
     return pruned.eval().requires_grad_(False), report
