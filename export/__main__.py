@@ -11,7 +11,7 @@ import click
 
 from export.errors import ExportError
 from export.folders import BUILD, ROOT
-from export.training.commands import evaluate, prune, train
+from export.training.commands import evaluate, prune, train, train_all
 
 
 class Commands(click.Group):
@@ -151,7 +151,7 @@ def repository(folder: Path) -> None:
     write_configs(folder)
 
 
-for command in (train, prune, evaluate):
+for command in (train, prune, train_all, evaluate):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commands of the training part: ``python -m export train``, ``prune`` and ``evaluate``."""
+"""Commands of the training part: ``python -m export train``, ``prune``, ``train-all`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,33 @@ import logging
 import signal
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from export.errors import ExportError
 from export.folders import BUILD
 
+if TYPE_CHECKING:
+    from export.training.footage import Clip
+
 log = logging.getLogger(__name__)
 
 OBJECTIVES = ("fidelity", "flow", "adversarial")
 
 # They import what they need when they run, so that --help needs no torch.
+
+
+def _load_footage(
+    clips: Path, photos: Path | None, validation: Path, cache: Path, patch: int
+) -> tuple[list[Clip], list[Clip], list[Clip]]:
+    """Clips and photos to train on, and the clips held back; all of at least ``patch`` pixels a side."""
+    from export.training.footage import load_folder
+
+    names = validation.read_text().split()
+    held_back = load_folder(clips, cache, min_side=patch, names=names)
+    training = [clip for clip in load_folder(clips, cache, min_side=patch) if clip.name not in names]
+    return training, load_folder(photos, cache, min_side=patch, photo=True) if photos else [], held_back
 
 
 @click.command()
@@ -99,7 +115,6 @@ def train(
     from export.network import WIDTHS
     from export.spec import MULTIPLE_OF, SCALE
     from export.training.evaluation import Instruments
-    from export.training.footage import load_folder
     from export.training.lpips import NAME, load_lpips
     from export.training.options import LEARNING_RATES, TEMPORAL_WEIGHTS
     from export.training.perceptual import load_distilled_vgg
@@ -139,7 +154,6 @@ def train(
         )
     distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
     instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
-    held_back = validation.read_text().split()
     options = TrainOptions(
         objective=objective, teacher_weight=teacher_weight,
         temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
@@ -151,15 +165,13 @@ def train(
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip
-    validation_clips = load_folder(clips, cache, min_side=patch, names=held_back)
-    training_clips = [c for c in load_folder(clips, cache, min_side=patch) if c.name not in held_back]
-    training_photos = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
+    footage = _load_footage(clips, photos, validation, cache, patch)
     start = load_checkpoint(init) if init else None
     if start and start.widths.name != widths:
         raise ExportError(f"expected --init of the {widths!r} widths, found {start.widths.name!r}")
     master = load_checkpoint(teacher) if teacher else None
     Trainer(
-        options, training_clips, training_photos, validation_clips, out, start, master,
+        options, *footage, out, start, master,
         perceptual=distance, instruments=instruments,
     ).run()  # fmt: skip
 
@@ -213,7 +225,6 @@ def prune(
     from export.checkpoint import load_checkpoint
     from export.network import WIDTHS
     from export.spec import MULTIPLE_OF, SCALE
-    from export.training.footage import load_folder
     from export.training.prune import SparseTrainer, find_groups, finish
     from export.training.trainer import TrainOptions
 
@@ -230,22 +241,81 @@ def prune(
         )
     network = load_checkpoint(checkpoint)
     groups = find_groups(network.widths, WIDTHS[widths])
-    held_back = validation.read_text().split()
     options = TrainOptions(
         photo_share=photo_share, widths=network.widths.name, steps=steps, minutes=minutes, batch=batch,
         patch=patch, lr=lr, warmup=warmup, seed=seed,
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip
-    validation_clips = load_folder(clips, cache, min_side=patch, names=held_back)
-    training_clips = [c for c in load_folder(clips, cache, min_side=patch) if c.name not in held_back]
-    training_photos = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
+    footage = _load_footage(clips, photos, validation, cache, patch)
     trainer = SparseTrainer(
-        groups, sparsity, options, training_clips, training_photos, validation_clips,
-        out.with_suffix(""), network,
+        groups, sparsity, options, *footage, out.with_suffix(""), network,
     )  # fmt: skip
     trainer.run()
     click.echo(finish(trainer, WIDTHS[widths], out))
+
+
+@click.command()
+@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of footage.")
+@click.option(
+    "--photos", type=click.Path(path_type=Path), help="Folder of still images, to be moved synthetically."
+)
+@click.option(
+    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
+    help="Text file naming the clips to hold back and score on, one a line.",
+)  # fmt: skip
+@click.option(
+    "--perceptual", type=click.Path(path_type=Path), required=True,
+    help="Weights of VGG19 distilled to a sixteenth, for the perceptual loss.",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(path_type=Path), required=True,
+    help="Folder with the weights of LPIPS (squeeze v0.1), by which checkpoints are judged.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True,
+    help="Folder of all runs and of the checkpoints; an existing one is resumed.",
+)  # fmt: skip
+@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=28.0,
+    help="Wall time of all stages, resumed parts together.",
+)  # fmt: skip
+@click.option("--steps", default=10_000_000, help="At most, per stage: for a trial.", show_default=False)
+@click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
+@click.option("--batch", default=32, help="Windows per step.")
+@click.option("--patch", default=256, help="Hr pixels a side.")
+@click.option("--seed", default=0)
+@click.option("--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start.")
+@click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory.")
+def train_all(
+    clips: Path, photos: Path | None, validation: Path, perceptual: Path, weights: Path, out: Path,
+    cache: Path, minutes: float, steps: int, photo_share: float, batch: int, patch: int, seed: int,
+    compiled: bool, hold: bool,
+) -> None:  # fmt: skip
+    """Train every checkpoint within a budget of time: flow, baseline, pruned, perceptual, student.
+
+    Ctrl-C saves, the same command goes on. export/training/recipe.py has the stages and their shares.
+    """
+    from export.spec import MULTIPLE_OF, SCALE
+    from export.training.evaluation import Instruments
+    from export.training.lpips import load_lpips
+    from export.training.options import TrainOptions
+    from export.training.perceptual import load_distilled_vgg
+    from export.training.recipe import Footage
+    from export.training.recipe import train_all as run_stages
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
+    if patch % (SCALE * MULTIPLE_OF):
+        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
+    # All of it before the first stage: a fault here must not cost what stages before it took.
+    distance, judge = load_distilled_vgg(perceptual), load_lpips(weights)
+    footage = Footage(*_load_footage(clips, photos, validation, cache, patch))
+    options = TrainOptions(
+        steps=steps, photo_share=photo_share, batch=batch, patch=patch, seed=seed, compile=compiled, hold=hold
+    )
+    for path in run_stages(options, minutes, footage, out, distance, Instruments(judge, flicker=True)):
+        click.echo(path)
 
 
 @click.command()

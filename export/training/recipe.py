@@ -1,0 +1,183 @@
+"""The whole recipe within one budget of wall time: footage in, every checkpoint of the project out."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from export.checkpoint import load_checkpoint
+from export.errors import ExportError
+from export.network import WIDTHS
+from export.training.evaluation import Instruments
+from export.training.footage import Clip
+from export.training.options import TrainOptions
+from export.training.perceptual import DistilledVgg
+from export.training.prune import SparseTrainer, find_groups, finish
+from export.training.selection import watched
+from export.training.trainer import BEST_FILE, EMA_FILE, LONG, Trainer
+
+log = logging.getLogger(__name__)
+
+RESERVE = 0.05  # of the time: reading footage, and each stage's scores after its last step
+WINDOWS_PER_LONG_CROP = LONG - 2
+SPARSITY = 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of the recipe."""
+
+    name: str
+    """Of its run folder."""
+    widths: str
+    share: float
+    """Of the time; shares are scaled to the stages there are."""
+    objective: str = "fidelity"
+    start: str | None = None
+    """Stage whose answer it starts from."""
+    teacher: str | None = None
+    """Stage whose answer it learns from."""
+    prunes_to: str | None = None
+    """Trains under the sparsity penalty, and its answer is pruned to these widths."""
+    delivers: str | None = None
+    """File name of the checkpoint, if this is one to serve."""
+    lr: float = 4e-4
+    warmup: int = 500
+    flow_lr: float = 1.0
+    temporal_weight: float = 0.0
+    validate_every: int = 2000
+
+    def answer(self, out: Path) -> Path:
+        """The checkpoint it leaves under ``out``."""
+        if self.prunes_to:
+            return out / f"{self.name}.safetensors"
+        return out / self.name / (BEST_FILE if self.objective == "adversarial" else EMA_FILE)
+
+
+STAGES = (
+    Stage("flow", "baseline", 0.05, objective="flow", warmup=100),
+    Stage("baseline", "baseline", 0.40, start="flow", flow_lr=0.5, delivers="mst_gan_baseline"),
+    Stage("sparse", "baseline", 0.10, start="baseline", prunes_to="pruned", lr=1e-4, warmup=100),
+    Stage(
+        "pruned", "pruned", 0.18, start="sparse", teacher="baseline", lr=2e-4, warmup=100, flow_lr=0.5,
+        delivers="mst_gan_pruned",
+    ),
+    Stage(
+        "perceptual", "pruned", 0.15, objective="adversarial", start="pruned", lr=1e-4, warmup=100,
+        temporal_weight=0.5, validate_every=500, delivers="mst_gan_pruned_gan",
+    ),
+    Stage("student", "student", 0.12, teacher="pruned", temporal_weight=0.2, delivers="mst_gan_student"),
+)  # fmt: skip
+"""What follows what, and for how long. The shares are judged from published runs, not tuned here: fidelity
+takes long to learn, and most of what a discriminator gives it gives early."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """What all stages learn from and are scored on."""
+
+    clips: Sequence[Clip]
+    photos: Sequence[Clip]
+    validation: Sequence[Clip]
+
+
+def planned() -> list[Stage]:
+    """The stages whose width tables there are; their shares sum to 1, less the reserve."""
+    stages = [stage for stage in STAGES if {stage.widths, stage.prunes_to or stage.widths} <= WIDTHS.keys()]
+    for stage in STAGES:
+        if stage not in stages:
+            log.warning("stage %s is left out: there are no %r widths", stage.name, stage.widths)
+    total = sum(stage.share for stage in stages)
+    return [replace(stage, share=(1 - RESERVE) * stage.share / total) for stage in stages]
+
+
+def train_all(
+    options: TrainOptions,
+    minutes: float,
+    footage: Footage,
+    out: Path,
+    perceptual: DistilledVgg,
+    instruments: Instruments,
+) -> list[Path]:
+    """Run every stage, or what an earlier call has left of them.
+
+    Scores on the way are of the centres of the validation clips, see ``selection.watched``.
+
+    Args:
+        options: batch, patch, steps a stage may take at most, seed and arithmetic; the rest is the recipe's.
+        minutes: wall time of all stages and calls together.
+        footage: for all stages.
+        out: holds a run folder per stage, and the delivered checkpoints.
+        perceptual: network of the perceptual loss.
+        instruments: with LPIPS and tOF.
+
+    Returns:
+        The delivered checkpoints.
+
+    Raises:
+        ExportError: a stage failed or was stopped; the same call goes on from there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    stages = {stage.name: stage for stage in planned()}
+    centres = replace(footage, validation=watched(footage.validation))
+    delivered = []
+    for stage in stages.values():
+        mine = _options(stage, options, minutes)
+        answer = stage.answer(out)
+        trainer = _trainer(stage, stages, mine, centres, out, perceptual, instruments)
+        if trainer.progress(trainer.step) < 1:
+            log.info("stage %s: %.1f minutes in all", stage.name, mine.minutes)
+            trainer.run()
+        if (progress := trainer.progress(trainer.step)) < 1:
+            raise ExportError(
+                f"expected the whole of stage {stage.name}, found {progress:.0%} of it: the same command "
+                "goes on from there"
+            )
+        if isinstance(trainer, SparseTrainer) and stage.prunes_to and not answer.exists():
+            log.info(finish(trainer, WIDTHS[stage.prunes_to], answer))
+        del trainer  # before the next one asks for the device's memory
+        if stage.delivers:
+            delivered.append(out / f"{stage.delivers}.safetensors")
+            shutil.copyfile(answer, delivered[-1])
+    return delivered
+
+
+def _options(stage: Stage, options: TrainOptions, minutes: float) -> TrainOptions:
+    is_long = stage.temporal_weight > 0 or stage.objective == "adversarial"
+    return replace(
+        options,
+        widths=stage.widths,
+        minutes=minutes * stage.share,
+        objective=stage.objective,
+        lr=stage.lr,
+        warmup=stage.warmup,
+        flow_lr=stage.flow_lr,
+        temporal_weight=stage.temporal_weight,
+        validate_every=stage.validate_every,
+        # As many windows per step, whatever the crops' length.
+        batch=max(1, options.batch // WINDOWS_PER_LONG_CROP) if is_long else options.batch,
+    )
+
+
+def _trainer(
+    stage: Stage,
+    stages: dict[str, Stage],
+    options: TrainOptions,
+    footage: Footage,
+    out: Path,
+    perceptual: DistilledVgg,
+    instruments: Instruments,
+) -> Trainer:
+    start, teacher = (
+        load_checkpoint(stages[name].answer(out)) if name else None for name in (stage.start, stage.teacher)
+    )
+    data = (footage.clips, footage.photos, footage.validation, out / stage.name)
+    if stage.prunes_to and start:
+        groups = find_groups(WIDTHS[stage.widths], WIDTHS[stage.prunes_to])
+        return SparseTrainer(groups, SPARSITY, options, *data, start)
+    if stage.objective == "adversarial":
+        return Trainer(options, *data, start, teacher, perceptual=perceptual, instruments=instruments)
+    return Trainer(options, *data, start, teacher)
