@@ -226,6 +226,22 @@ def test_resumed_adversarial_run_equals_an_unbroken_one(
     assert load_checkpoint(tmp_path / "whole" / BEST_FILE).widths == TINY
 
 
+def test_bf16_changes_the_losses_little(
+    clip: Clip, start: MstGan, vgg: DistilledVgg, instruments: Instruments, tmp_path: Path
+) -> None:
+    def parts(*, bf16: bool) -> dict[str, float]:
+        torch.manual_seed(0)
+        trainer = Trainer(
+            options(bf16=bf16), [clip], [], [clip], tmp_path / str(bf16), start, perceptual=vgg,
+            instruments=instruments,
+        )  # fmt: skip
+        return trainer.train_step(trainer.sampler.batch(0, 1, length=5))
+
+    exact, coarse = parts(bf16=False), parts(bf16=True)
+    assert coarse != exact
+    assert coarse == pytest.approx(exact, rel=0.05, abs=0.01)
+
+
 def test_best_checkpoint_is_not_the_last(
     clip: Clip, start: MstGan, instruments: Instruments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

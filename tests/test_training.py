@@ -301,7 +301,7 @@ def test_compiled_network_computes_the_same(
 ) -> None:
     """Traced as on a GPU, run without a compiler."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="aot_eager"))
     clips = load_folder(footage, tmp_path / "cache", min_side=64)
     plain, compiled = (
         Trainer(options(compile=c), clips, [], clips[:1], tmp_path / f"run{c}") for c in (False, True)

@@ -58,8 +58,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("flow", "baseline", 0.05, objective="flow", warmup=100),
-    Stage("baseline", "baseline", 0.40, start="flow", flow_lr=0.5, delivers="mst_gan_baseline"),
+    Stage("flow", "baseline", 0.08, objective="flow", lr=1e-3, warmup=100),
+    Stage("baseline", "baseline", 0.37, start="flow", flow_lr=0.5, delivers="mst_gan_baseline"),
     Stage("sparse", "baseline", 0.10, start="baseline", prunes_to="pruned", lr=1e-4, warmup=100),
     Stage(
         "pruned", "pruned", 0.18, start="sparse", teacher="baseline", lr=2e-4, warmup=100, flow_lr=0.5,

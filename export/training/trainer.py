@@ -84,16 +84,15 @@ class Trainer:
         # ten bits would misplace them by a tenth of a pixel.
         torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(options.seed)
-        self.network = MstGan(WIDTHS[options.widths]).to(self.device)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        self.network = _placed(MstGan(WIDTHS[options.widths]), self.device)
         if init:
             self.network.load_state_dict(init.state_dict())
         self.align, self.generate = self.network.flow_align.align, self.network.generator.generate
         if options.compile:
             self.align, self.generate = torch.compile(self.align), torch.compile(self.generate)
-        self.ema = MstGan(self.network.widths).to(self.device).requires_grad_(False)
+        self.ema = _placed(MstGan(self.network.widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False) if teacher else None
+        self.teacher = _placed(teacher, self.device).eval().requires_grad_(False) if teacher else None
         groups = [
             {"params": list(self.network.flow_align.parameters()), "scale": options.flow_lr},
             {"params": list(self.network.generator.parameters()), "scale": 1.0},
@@ -349,3 +348,9 @@ class Trainer:
             except KeyboardInterrupt:
                 log.info("interrupted at step %d; the same command goes on from here", self.step)
             self.save()
+
+
+def _placed(network: MstGan, device: torch.device) -> MstGan:
+    """On the device, in the layout its convolutions are fastest in."""
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    return network
