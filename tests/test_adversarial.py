@@ -172,16 +172,18 @@ def test_other_perceptual_files_are_refused(fault: str, vgg: DistilledVgg, tmp_p
 def test_the_best_is_the_lowest_lpips_among_the_allowed() -> None:
     first = Measures(psnr_y_db=30.0, ssim_y=0.9, lpips=0.30, tof_px=0.20)
     selection = Selection()
-    assert selection.admit(first)
-    assert selection.admit(replace(first, psnr_y_db=29.0, lpips=0.25, tof_px=0.21))
-    assert not selection.admit(replace(first, psnr_y_db=28.9, lpips=0.10))  # loses more than 1 dB
-    assert not selection.admit(replace(first, lpips=0.10, tof_px=0.2101))  # flickers
+    assert selection.admit(first, 0)
+    assert selection.admit(replace(first, psnr_y_db=29.0, lpips=0.25, tof_px=0.21), 1)
+    assert not selection.admit(replace(first, psnr_y_db=28.9, lpips=0.10), 2)  # loses more than 1 dB
+    assert not selection.admit(replace(first, lpips=0.10, tof_px=0.2101), 3)  # flickers
     resumed = Selection()
     resumed.load_state_dict(selection.state_dict())
-    assert not resumed.admit(replace(first, lpips=0.26))
-    assert resumed.admit(replace(first, lpips=0.24, psnr_y_db=29.5))
+    assert resumed.best_step == 1
+    assert not resumed.admit(replace(first, lpips=0.26), 4)
+    assert resumed.admit(replace(first, lpips=0.24, psnr_y_db=29.5), 5)
+    assert resumed.best_step == 5
     with pytest.raises(ExportError, match="expected LPIPS and tOF"):
-        resumed.admit(replace(first, tof_px=None))
+        resumed.admit(replace(first, tof_px=None), 6)
 
 
 def test_centres_are_watched() -> None:
@@ -242,11 +244,13 @@ def test_bf16_changes_the_losses_little(
     assert coarse == pytest.approx(exact, rel=0.05, abs=0.01)
 
 
+@pytest.mark.parametrize("best", [0, 1])
 def test_best_checkpoint_is_not_the_last(
-    clip: Clip, start: MstGan, instruments: Instruments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    best: int, clip: Clip, start: MstGan, instruments: Instruments, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     monkeypatch.setattr("export.training.trainer.LOG_EVERY", 1)
-    lpips = iter([0.30, 0.20, 0.25, 0.24, 0.22])
+    lpips = iter([0.30, 0.20, 0.25, 0.24, 0.22] if best else [0.19, 0.20, 0.25, 0.24, 0.22])
 
     def score(trainer: Trainer) -> Score:
         found = Measures(psnr_y_db=30.0, ssim_y=0.9, lpips=next(lpips), tof_px=0.2)
@@ -263,12 +267,14 @@ def test_best_checkpoint_is_not_the_last(
     monkeypatch.setattr(Trainer, "save", save)
     o = options(validate_every=1, ema=0.0, perceptual_weight=0.0)
     Trainer(o, [clip], [], [clip], tmp_path, start, instruments=instruments).run()
-    best = load_checkpoint(tmp_path / BEST_FILE).state_dict()
-    (tmp_path / "first.safetensors").write_bytes(kept[1])
-    (tmp_path / "last.safetensors").write_bytes(kept[STEPS])
-    first, last = (load_checkpoint(tmp_path / f"{n}.safetensors").state_dict() for n in ("first", "last"))
-    assert all(torch.equal(best[name], first[name]) for name in best)
-    assert any(not torch.equal(best[name], last[name]) for name in best)
+    found = load_checkpoint(tmp_path / BEST_FILE).state_dict()
+    save_checkpoint(start, tmp_path / "0.safetensors", {})
+    for step, data in kept.items():
+        (tmp_path / f"{step}.safetensors").write_bytes(data)
+    wanted, last = (load_checkpoint(tmp_path / f"{step}.safetensors").state_dict() for step in (best, STEPS))
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert any(not torch.equal(found[name], last[name]) for name in found)
+    assert ("holds the weights that the run began with" in caplog.text) == (best == 0)
 
 
 def test_run_of_another_objective_is_refused(clip: Clip, start: MstGan, tmp_path: Path) -> None:

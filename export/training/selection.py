@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from export.errors import ExportError
 from export.training.evaluation import Measures
@@ -25,9 +26,10 @@ class Selection:
         """Nothing seen yet."""
         self.start: Measures | None = None
         self.best_lpips: float | None = None
+        self.best_step = 0
 
-    def admit(self, found: Measures) -> bool:
-        """Whether this is the best so far; the first one seen is the start of the run.
+    def admit(self, found: Measures, step: int) -> bool:
+        """Whether this, of ``step``, is the best so far; the first one seen is the start of the run.
 
         Raises:
             ExportError: LPIPS or tOF was not measured.
@@ -42,18 +44,21 @@ class Selection:
         )
         if not allowed or (self.best_lpips is not None and found.lpips >= self.best_lpips):
             return False
-        self.best_lpips = found.lpips
+        self.best_lpips, self.best_step = found.lpips, step
         return True
 
     def state_dict(self) -> dict[str, object]:
         """All that a resumed run needs."""
-        return {"start": asdict(self.start) if self.start else None, "best_lpips": self.best_lpips}
+        return {
+            "start": asdict(self.start) if self.start else None,
+            "best_lpips": self.best_lpips,
+            "best_step": self.best_step,
+        }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``."""
-        start, best = state["start"], state["best_lpips"]
-        self.start = Measures(**start) if isinstance(start, dict) else None
-        self.best_lpips = best if isinstance(best, float) else None
+        self.start = Measures(**state["start"]) if state["start"] else None
+        self.best_lpips, self.best_step = state["best_lpips"], state["best_step"]
 
 
 def watched(clips: Sequence[Clip]) -> list[Clip]:

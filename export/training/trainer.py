@@ -300,7 +300,7 @@ class Trainer:
         """Score, keep the averaged weights if they are the best so far, and tell the log's columns."""
         score = self.score()
         found = score.network
-        if self.selection and self.selection.admit(found):
+        if self.selection and self.selection.admit(found, self.step):
             path = self.out / BEST_FILE
             with self._guard(path.with_name(f"{path.name}.part")):
                 self._save_average(path)
@@ -348,6 +348,11 @@ class Trainer:
             except KeyboardInterrupt:
                 log.info("interrupted at step %d; the same command goes on from here", self.step)
             self.save()
+            if self.selection and not self.selection.best_step and self.progress(self.step) >= 1:
+                log.warning(
+                    "%s holds the weights that the run began with: none since was better by its rule, see %s",
+                    self.out / BEST_FILE, self.out / LOG_FILE,
+                )  # fmt: skip
 
 
 def _placed(network: MstGan, device: torch.device) -> MstGan:
