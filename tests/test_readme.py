@@ -13,7 +13,7 @@ from export.__main__ import main as export
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "client/README.md", "deploy/README.md")),
+    *(ROOT / name for name in ("README.md", "client/README.md", "deploy/README.md", "export/README.md")),
     *sorted(ROOT.glob("export/checkpoints/*.md")),
 ]
 
