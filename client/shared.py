@@ -47,6 +47,7 @@ class Ring(ABC):
         self._lr_bytes, self._hr_bytes = math.prod(lr_shape), math.prod(hr_shape)
         self._free = deque(range(slots))
         self._name = f"{NAME_PREFIX}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._open()
 
     def put(self, lr_window: Image) -> int:
         """Copy a window into a free slot, and return the slot."""
@@ -61,6 +62,10 @@ class Ring(ABC):
     def free(self, slot: int) -> None:
         """Let the slot be used again."""
         self._free.append(slot)
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Make the memory, and have the server open it."""
 
     @abstractmethod
     def _write(self, slot: int, lr_window: Image) -> None: ...
@@ -90,24 +95,18 @@ class SystemRing(Ring):
         InferenceServerException: The server cannot see it, or will not.
     """
 
-    def __init__(
-        self,
-        client: InferenceServerClient,
-        slots: int,
-        lr_shape: tuple[int, ...],
-        hr_shape: tuple[int, ...],
-    ) -> None:
-        super().__init__(client, slots, lr_shape, hr_shape)
+    def _open(self) -> None:
         self._stride = -(-(self._lr_bytes + self._hr_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        size = self._slots * self._stride
         remove_leftovers()
         path = SHARED_FOLDER / self._name
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, slots * self._stride)  # or a write would find the memory full
-            self._memory = mmap.mmap(descriptor, slots * self._stride)
-            known = client.get_system_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
-            forget_the_dead(known, client.unregister_system_shared_memory)
-            client.register_system_shared_memory(self._name, f"/{self._name}", slots * self._stride)
+            os.posix_fallocate(descriptor, 0, size)  # or a write would find the memory full
+            self._memory = mmap.mmap(descriptor, size)
+            known = self._client.get_system_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
+            forget_the_dead(known, self._client.unregister_system_shared_memory)
+            self._client.register_system_shared_memory(self._name, f"/{self._name}", size)
         finally:
             os.close(descriptor)
             path.unlink()

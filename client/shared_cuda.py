@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from shared import TELL_TIMEOUT_S, Ring, forget_the_dead
-from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 from windows import Image
 
@@ -31,14 +31,7 @@ class CudaRing(Ring):
         InferenceServerException: The server cannot open the memory, or will not.
     """
 
-    def __init__(
-        self,
-        client: InferenceServerClient,
-        slots: int,
-        lr_shape: tuple[int, ...],
-        hr_shape: tuple[int, ...],
-    ) -> None:
-        super().__init__(client, slots, lr_shape, hr_shape)
+    def _open(self) -> None:
         try:
             self._cuda = import_module(MODULE)
         except (ImportError, RuntimeError) as err:  # tritonclient turns the one into the other
@@ -48,9 +41,9 @@ class CudaRing(Ring):
         self._is_closed = False
         self._lock = threading.Lock()
         try:
-            known = client.get_cuda_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
-            forget_the_dead(known, client.unregister_cuda_shared_memory)
-            for slot in range(slots):
+            known = self._client.get_cuda_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
+            forget_the_dead(known, self._client.unregister_cuda_shared_memory)
+            for slot in range(self._slots):
                 self._share(self._lr_name(slot), self._lr_bytes)
                 self._share(self._hr_name(slot), self._hr_bytes)
         except BaseException:
