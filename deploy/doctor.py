@@ -25,6 +25,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 from deploy.embedded.launcher import LaunchError, check_packages, find_libpython, find_wheel
 from export import spec
 from export.gpus import compute_capabilities
+from export.repository import plan_file
 from perf.errors import PerfError
 from perf.tools import find_analyzer
 
@@ -194,7 +195,7 @@ def check_plans(
         plans = sorted(version.glob("model.sm*.plan"))
         if not plans:
             continue
-        here = [f"model.sm{gpu.replace('.', '')}.plan" for gpu in gpus]
+        here = [plan_file(gpu) for gpu in gpus]
         if gpus and not set(here) & {plan.name for plan in plans}:
             text = (
                 f"{stage.name} has {', '.join(p.name for p in plans)}, none for compute capability {gpus[0]}"
@@ -211,7 +212,7 @@ def check_plans(
             text = f"{stage.name} {plan.name}: TensorRT {built_by}, GPU {', '.join(built_for)}"
             if tensorrt is not None and built_by != tensorrt:
                 yield Finding("error", "plans", f"{text}; here is TensorRT {tensorrt}", rebuild)
-            elif plan.name not in {f"model.sm{gpu.replace('.', '')}.plan" for gpu in built_for}:
+            elif plan.name not in {plan_file(gpu) for gpu in built_for}:
                 yield Finding("error", "plans", f"{text}, which its name does not say", rebuild)
             else:
                 where = "" if tensorrt else "; serve it with an image of that version"
