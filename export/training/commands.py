@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import signal
+from collections.abc import Callable
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,61 @@ OBJECTIVES = ("fidelity", "flow", "adversarial")
 # They import what they need when they run, so that --help needs no torch.
 
 
+def _footage_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every training command asks for: footage, and how it is drawn and computed on."""
+    options = (
+        click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of footage."),
+        click.option(
+            "--photos",
+            type=click.Path(path_type=Path),
+            help="Folder of still images, to be moved synthetically.",
+        ),
+        click.option(
+            "--validation", type=click.Path(path_type=Path, exists=True), required=True,
+            help="Text file naming the clips to hold back and score on, one a line.",
+        ),
+        click.option(
+            "--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage."
+        ),
+        click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos."),
+        click.option("--seed", default=0),
+        click.option(
+            "--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start."
+        ),
+        click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory."),
+    )  # fmt: skip
+    return reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a command asks for that trains one network."""
+    options = (
+        click.option("--batch", default=12, help="Windows per step."),
+        click.option("--patch", default=192, help="Hr pixels a side."),
+        click.option("--warmup", default=500, help="Steps over which the learning rate rises."),
+        click.option(
+            "--bf16/--fp32", default=None,
+            help="Arithmetic of the generator's convolutions; by default bf16 on a GPU.", show_default=False,
+        ),
+        click.option(
+            "--validate-every", default=1000, help="Steps between validations; each also saves."
+        ),
+    )  # fmt: skip
+    return reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def _prepare(patch: int, widths: str | None = None) -> None:
+    """Check what the training commands share, and let a stopped run save."""
+    from export.network import WIDTHS
+    from export.spec import MULTIPLE_OF, SCALE
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C
+    if widths is not None and widths not in WIDTHS:
+        raise ExportError(f"expected --widths to be one of {', '.join(WIDTHS)}, found {widths!r}")
+    if patch % (SCALE * MULTIPLE_OF):
+        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
+
+
 def _load_footage(
     clips: Path, photos: Path | None, validation: Path, cache: Path, patch: int
 ) -> tuple[list[Clip], list[Clip], list[Clip]]:
@@ -37,18 +94,11 @@ def _load_footage(
 
 
 @click.command()
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of videos.")
-@click.option(
-    "--photos", type=click.Path(path_type=Path), help="Folder of still images, to be moved synthetically."
-)
-@click.option(
-    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
-    help="Text file naming the clips to hold back and score on, one a line.",
-)  # fmt: skip
+@_footage_options
+@_run_options
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Run folder; an existing one is resumed."
 )
-@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
 @click.option("--init", type=click.Path(path_type=Path), help="Checkpoint to start from.")
 @click.option(
     "--objective", type=click.Choice(OBJECTIVES), default="fidelity",
@@ -77,25 +127,13 @@ def _load_footage(
 )  # fmt: skip
 @click.option("--flow-lr", default=1.0, help="Learning rate of the flow over that of the generator.")
 @click.option("--freeze-flow", default=0, help="Steps before the flow is trained.")
-@click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
 @click.option("--widths", default="pruned", help="Width table.")
 @click.option("--steps", default=20_000)
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True),
     help="Wall time the run may take, resumed parts together; ends it before --steps.",
 )  # fmt: skip
-@click.option("--batch", default=12, help="Windows per step.")
-@click.option("--patch", default=192, help="Hr pixels a side.")
 @click.option("--lr", type=float, show_default="4e-4; adversarial: 1e-4", help="Peak learning rate.")
-@click.option("--warmup", default=500, help="Steps over which the learning rate rises.")
-@click.option("--seed", default=0)
-@click.option(
-    "--bf16/--fp32", default=None,
-    help="Arithmetic of the generator's convolutions; by default bf16 on a GPU.", show_default=False,
-)  # fmt: skip
-@click.option("--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start.")
-@click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory.")
-@click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
     objective: str, teacher: Path | None, teacher_weight: float, temporal_weight: float | None,
@@ -112,19 +150,13 @@ def train(
     import torch
 
     from export.checkpoint import load_checkpoint
-    from export.network import WIDTHS
-    from export.spec import MULTIPLE_OF, SCALE
     from export.training.evaluation import Instruments
     from export.training.lpips import NAME, load_lpips
     from export.training.options import LEARNING_RATES, TEMPORAL_WEIGHTS
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
-    if widths not in WIDTHS:
-        raise ExportError(f"expected --widths to be one of {', '.join(WIDTHS)}, found {widths!r}")
-    if patch % (SCALE * MULTIPLE_OF):
-        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
+    _prepare(patch, widths)
     if objective == "flow" and (teacher or freeze_flow):
         raise ExportError(
             "expected --objective flow alone, found --teacher or --freeze-flow, which leave it nothing "
@@ -177,20 +209,13 @@ def train(
 
 
 @click.command()
+@_footage_options
+@_run_options
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The unpruned network.")
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of footage.")
-@click.option(
-    "--photos", type=click.Path(path_type=Path), help="Folder of still images, to be moved synthetically."
-)
-@click.option(
-    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
-    help="Text file naming the clips to hold back and score on, one a line.",
-)  # fmt: skip
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True,
     help="Checkpoint to write, .safetensors; the run folder beside it has its stem, and is resumed.",
 )  # fmt: skip
-@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
 @click.option("--widths", default="pruned", help="Width table to prune to.")
 @click.option("--steps", default=2000, help="Under the penalty, before channels go.")
 @click.option(
@@ -200,19 +225,7 @@ def train(
 @click.option(
     "--sparsity", default=0.1, help="What the penalty takes from a channel's RMS per step, over --lr."
 )
-@click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
-@click.option("--batch", default=12, help="Windows per step.")
-@click.option("--patch", default=192, help="Hr pixels a side.")
 @click.option("--lr", default=1e-4, help="Peak learning rate.")
-@click.option("--warmup", default=500, help="Steps over which the learning rate rises.")
-@click.option("--seed", default=0)
-@click.option(
-    "--bf16/--fp32", default=None,
-    help="Arithmetic of the generator's convolutions; by default bf16 on a GPU.", show_default=False,
-)  # fmt: skip
-@click.option("--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start.")
-@click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory.")
-@click.option("--validate-every", default=1000, help="Steps between validations; each also saves.")
 def prune(
     checkpoint: Path, clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path,
     widths: str, steps: int, minutes: float | None, sparsity: float, photo_share: float, batch: int,
@@ -224,17 +237,12 @@ def prune(
 
     from export.checkpoint import load_checkpoint
     from export.network import WIDTHS
-    from export.spec import MULTIPLE_OF, SCALE
     from export.training.prune import SparseTrainer, find_groups, finish
     from export.training.trainer import TrainOptions
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
-    if widths not in WIDTHS:
-        raise ExportError(f"expected --widths to be one of {', '.join(WIDTHS)}, found {widths!r}")
+    _prepare(patch, widths)
     if out.suffix != ".safetensors":
         raise ExportError(f"expected --out to end in .safetensors, found {out.name!r}")
-    if patch % (SCALE * MULTIPLE_OF):
-        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
     if steps < 1 or sparsity < 0:
         raise ExportError(
             f"expected --steps of at least 1 and --sparsity of at least 0, found {steps} and {sparsity}"
@@ -256,14 +264,7 @@ def prune(
 
 
 @click.command()
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of footage.")
-@click.option(
-    "--photos", type=click.Path(path_type=Path), help="Folder of still images, to be moved synthetically."
-)
-@click.option(
-    "--validation", type=click.Path(path_type=Path, exists=True), required=True,
-    help="Text file naming the clips to hold back and score on, one a line.",
-)  # fmt: skip
+@_footage_options
 @click.option(
     "--perceptual", type=click.Path(path_type=Path), required=True,
     help="Weights of VGG19 distilled to a sixteenth, for the perceptual loss.",
@@ -276,18 +277,13 @@ def prune(
     "--out", type=click.Path(path_type=Path), required=True,
     help="Folder of all runs and of the checkpoints; an existing one is resumed.",
 )  # fmt: skip
-@click.option("--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage.")
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=28.0,
     help="Wall time of all stages, resumed parts together.",
 )  # fmt: skip
 @click.option("--steps", default=10_000_000, help="At most, per stage: for a trial.", show_default=False)
-@click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos.")
 @click.option("--batch", default=32, help="Windows per step.")
 @click.option("--patch", default=256, help="Hr pixels a side.")
-@click.option("--seed", default=0)
-@click.option("--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start.")
-@click.option("--hold/--no-hold", default=True, help="All footage in the GPU's memory.")
 def train_all(
     clips: Path, photos: Path | None, validation: Path, perceptual: Path, weights: Path, out: Path,
     cache: Path, minutes: float, steps: int, photo_share: float, batch: int, patch: int, seed: int,
@@ -297,7 +293,6 @@ def train_all(
 
     Ctrl-C saves, the same command goes on. export/training/recipe.py has the stages and their shares.
     """
-    from export.spec import MULTIPLE_OF, SCALE
     from export.training.evaluation import Instruments
     from export.training.lpips import load_lpips
     from export.training.options import TrainOptions
@@ -305,9 +300,7 @@ def train_all(
     from export.training.recipe import Footage
     from export.training.recipe import train_all as run_stages
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run saves, as with Ctrl-C
-    if patch % (SCALE * MULTIPLE_OF):
-        raise ExportError(f"expected --patch to be a multiple of {SCALE * MULTIPLE_OF}, found {patch}")
+    _prepare(patch)
     # All of it before the first stage: a fault here must not cost what stages before it took.
     distance, judge = load_distilled_vgg(perceptual), load_lpips(weights)
     footage = Footage(*_load_footage(clips, photos, validation, cache, patch))
