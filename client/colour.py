@@ -93,7 +93,7 @@ def rgb_from_frame(frame: av.VideoFrame, colour: Colour) -> Image:
 
 def frame_from_rgb(image: Image, size: Size, pix_fmt: str, colour: Colour) -> av.VideoFrame:
     """Convert (H, W, 3) uint8 RGB, 0..255, to a frame with the given (height, width), format and colours."""
-    rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
+    rgb = av.VideoFrame.from_numpy_buffer(image, format="rgb24")  # the image itself, not a copy
     frame = rgb.reformat(
         width=size[1],
         height=size[0],
