@@ -19,6 +19,10 @@ class TopicOption(click.Option):
         super().__init__(*args, **kwargs)
         self.topic = topic
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Say in one line what it is; ranges and defaults are in the text where they help."""
+        return f"{self.opts[0]} {self.metavar or ''}".rstrip(), self.help or ""
+
 
 class TopicCommand(click.Command):
     """A command whose help lists its options by topic, in the order in which topics first come up."""
@@ -30,9 +34,10 @@ class TopicCommand(click.Command):
             record = parameter.get_help_record(ctx)
             if record and isinstance(parameter, TopicOption):
                 topics.setdefault(parameter.topic, []).append(record)
+        names = max(len(name) for records in topics.values() for name, _ in records)
         for topic, records in topics.items():
             with formatter.section(topic):
-                formatter.write_dl(records)
+                formatter.write_dl([(name.ljust(names), meaning) for name, meaning in records])
 
 
 def topic_options(topic: str) -> Callable[..., Callable[[Function], Function]]:

@@ -42,6 +42,7 @@ class Join:
 
     def __init__(self, out: Path, source: Source, picture: Picture) -> None:
         self._out, self._source, self._picture = out, source, picture
+        self._told: set[int] = set()
 
     def rehearse(self, segment: Path) -> None:
         """Write the header alone, with a segment of one frame, to learn early what the container refuses."""
@@ -101,7 +102,8 @@ class Join:
                     picture_stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
             elif _is_copied(stream):
                 copies[stream.index] = self._add(out, stream, stream)
-            elif stream.name != "bin_data":  # MP4's chapters in another guise
+            elif stream.name != "bin_data" and stream.index not in self._told:  # MP4's chapters are that
+                self._told.add(stream.index)
                 log.warning("left out stream %d (%s %s)", stream.index, stream.type, stream.name)
         assert picture_stream is not None
         out.metadata.update({k: v for k, v in source.metadata.items() if k not in STALE_TAGS})

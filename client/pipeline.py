@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from video import Frame, Picture, Range, Video
 from windows import Image, Size, crop, fitted_size, pad, windows
 
 FRAMES_AHEAD = 4  # decoded, or waiting for the encoder: enough to even out the stages' pace
+BYTES_AHEAD = 512 << 20  # of them at most: an hr frame of an 8K clip has 1.6 GB
 
 LARGEST_ASPECT_TERM = 255  # of a pixel's width and height; all encoders can write it
 
@@ -139,12 +141,15 @@ class Feed:
     def __init__(self, video: Video, session: Session, shapes: Shapes, options: Options, skip: int) -> None:
         self.pts: list[int] = []
         """Times of the frames decoded so far, in ticks of the clip."""
-        self.decode, self.wait = Stage(), Stage()
+        self.decode, self.starve, self.pass_on, self.wait = Stage(), Stage(), Stage(), Stage()
         self.cuts = CutDetector(options.scene_threshold)
         self._video, self._session, self._shapes = video, session, shapes
         self._frames = Ahead(self.decode.timed(self._lr_frames(options.range)), FRAMES_AHEAD)
-        lr_windows = islice(windows(self._frames, session.contract.window, self.cuts), skip, None)
-        self._answers = Ahead(self._hr_frames(lr_windows), FRAMES_AHEAD)
+        frames = self.starve.timed(self._frames)
+        lr_windows = islice(windows(frames, session.contract.window, self.cuts), skip, None)
+        hr_bytes = 3 * math.prod(shapes.model)
+        depth = min(FRAMES_AHEAD, max(1, BYTES_AHEAD // hr_bytes))
+        self._answers = Ahead(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
 
     def _lr_frames(self, wanted: Range) -> Iterator[Frame]:
         for frame in self._video.frames(wanted):
@@ -307,6 +312,7 @@ class Run:
             elapsed_s=time.monotonic() - self._began_s,
             stages_s={
                 "decode": feed.decode.busy_s,
+                "transfer": feed.pass_on.busy_s - feed.starve.busy_s - self._session.wait_s,
                 "inference": self._session.wait_s,
                 "encode": self._encode_s,
             },

@@ -89,22 +89,27 @@ a_file = click.Path(path_type=Path)
 @click.command(cls=TopicCommand, context_settings={"auto_envvar_prefix": "UPSCALE", "max_content_width": 110})
 @click.argument("src", metavar="IN")
 @click.argument("dst", metavar="OUT", type=a_file)
-@on_server("--url", default=DEFAULT_URL, show_default=True, help="gRPC address; several: A,B,C.")
-@on_server("--model", default="mst_gan", show_default=True, help="Name of the ensemble.")
+@on_server("--url", default=DEFAULT_URL, metavar="A,B,...", help=f"gRPC addresses [{DEFAULT_URL}].")
+@on_server("--model", default="mst_gan", metavar="NAME", help="The ensemble [mst_gan].")
 @on_server(
-    "--patience", type=click.FloatRange(0), default=60.0, help="Seconds to wait for a lost server [60]."
+    "--patience",
+    type=click.FloatRange(0),
+    default=60.0,
+    metavar="SECONDS",
+    help="How long to wait for a lost server [60].",
 )
 @on_server(
     "--transport",
     type=click.Choice(TRANSPORTS),
     default=AUTO,
-    help="auto: shared memory if possible, the GPU's or the system's.",
+    metavar="WAY",
+    help=f"{', '.join(TRANSPORTS)} [{AUTO}].",
 )
-@on_server("--tls-ca", type=a_file, help="Authorities to trust, for grpcs:// addresses.")
-@on_server("--tls-cert", type=a_file, help="Certificate of this client.")
-@on_server("--tls-key", type=a_file, help="Key of this client.")
-@on_server("--token", help="Bearer token; better in UPSCALE_TOKEN than here.")
-@on_input("--start", type=seconds, default="0", metavar="TIME", help="Begin here: seconds or H:MM:SS.")
+@on_server("--tls-ca", type=a_file, metavar="FILE", help="Authorities to trust, for grpcs:// addresses.")
+@on_server("--tls-cert", type=a_file, metavar="FILE", help="Certificate of this client.")
+@on_server("--tls-key", type=a_file, metavar="FILE", help="Key of this client.")
+@on_server("--token", metavar="TEXT", help="Bearer token; better in UPSCALE_TOKEN than here.")
+@on_input("--start", type=seconds, default="0", metavar="TIME", help="Begin here: seconds or H:MM:SS [0].")
 @on_input("--duration", type=seconds, metavar="TIME", help="Go on for so long.")
 @on_input("--max-frames", type=click.IntRange(1), metavar="N", help="Upscale at most so many frames.")
 @on_input("--rate", type=frames_per_second, default="25", metavar="FPS", help="Of a folder of images [25].")
@@ -112,15 +117,17 @@ a_file = click.Path(path_type=Path)
     "--scene-threshold",
     type=click.FloatRange(0, 255, min_open=True),
     default=DEFAULT_THRESHOLD,
-    metavar="LEVELS",
-    help=f"Difference of frames that is a cut; 255: none is [{DEFAULT_THRESHOLD:g}].",
+    metavar="N",
+    help=f"Grey levels of change that are a cut; 255: none [{DEFAULT_THRESHOLD:g}].",
 )
 @on_input("--allow-hdr", is_flag=True, help="Upscale PQ and HLG clips too, in 8 bits.")
 @on_input("--allow-damage", is_flag=True, help="Accept that frames cannot be read.")
-@on_output("--codec", type=click.Choice(list(CODECS)), help=f"[{DEFAULT_CODEC}]")
+@on_output(
+    "--codec", type=click.Choice(list(CODECS)), metavar="NAME", help=f"{', '.join(CODECS)} [{DEFAULT_CODEC}]."
+)
 @on_output("--crf", type=click.IntRange(0, 63), metavar="N", help="Quality; lower is better and larger.")
-@on_output("--preset", help="Speed of the encoder, in its own words.")
-@on_output("--pix-fmt", help="Pixel format, such as yuv420p10le.")
+@on_output("--preset", metavar="NAME", help="Speed of the encoder, in its own words.")
+@on_output("--pix-fmt", metavar="NAME", help="Pixel format, such as yuv420p10le.")
 @on_output("--final-size", type=height_and_width, metavar="WxH", help="Such as 3840x2160; else 4 times IN's.")
 @on_output("--compare", type=a_file, metavar="PATH", help="Also bicubic | ours: a .png or a video.")
 @on_output("--report", "report_page", type=a_file, metavar="PATH", help="Also a page about the run: .html.")
@@ -131,10 +138,10 @@ a_file = click.Path(path_type=Path)
     type=click.IntRange(1),
     default=100,
     metavar="N",
-    help="Encode in pieces of so many frames, after any of which a stopped run can go on [100].",
+    help="Work is kept in pieces of so many frames [100].",
 )
 @on_run("--restart", is_flag=True, help="Throw away what an unfinished run left beside OUT.")
-@on_run("--dry-run", is_flag=True, help="Upscale a few frames only, and estimate time and size.")
+@on_run("--dry-run", is_flag=True, help="Try a few frames; estimate time and size.")
 @on_run("--json", "as_json", is_flag=True, help="Tell programs: one JSON object a line on stdout.")
 @on_run("--quiet", is_flag=True, help="Say only what goes wrong.")
 def main(
@@ -235,6 +242,8 @@ def main(
                 if compare:
                     compare_clips(jobs[0][0], options.range, jobs[0][1], compare)
     except UpscaleError as err:
+        if as_json:
+            report.failed(Path(src), str(err))
         if os.environ.get("VSR_DEBUG"):
             raise
         raise click.ClickException(str(err)) from err

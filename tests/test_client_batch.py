@@ -103,7 +103,16 @@ def test_json_events(tmp_path, monkeypatch):
     done = [event["frames_done"] for event in events[1:-1]]
     assert done == sorted(done) and 0 < done[0] <= done[-1] <= 40
     assert events[-1]["frames"] == 40 and events[-1]["hr_size"] == [128, 192]
-    assert set(events[-1]["stages_s"]) == {"decode", "inference", "encode"}
+    assert set(events[-1]["stages_s"]) == {"decode", "transfer", "inference", "encode"}
+    assert all(busy_s >= 0 for busy_s in events[-1]["stages_s"].values())
+
+
+def test_json_tells_of_a_failure(tmp_path, triton):
+    result = run_client(tmp_path / "none.mp4", tmp_path / "out.mp4", "--url", triton.url, "--json")
+    assert result.exit_code == 1
+    (event,) = map(json.loads, result.stdout.splitlines())
+    assert event == {"event": "failed", "input": f"{tmp_path}/none.mp4", "reason": event["reason"]}
+    assert "no such file" in event["reason"]
 
 
 def test_json_events_of_a_folder(tmp_path, triton, folder):
@@ -169,3 +178,5 @@ def test_help_is_in_topics_that_fit_a_screen():
     names = [topic[0] for topic in topics if topic[0].endswith(":")]
     assert names == ["The server:", "What is read:", "What is written:", "The run:"]
     assert all(len(topic) <= 24 for topic in topics)
+    options = [line for topic in topics for line in topic if topic[0] in names and line.startswith(" ")]
+    assert all(line.startswith("  --") and len(line) < 80 for line in options)

@@ -348,3 +348,15 @@ def test_what_was_muxed_is_verified(tmp_path, triton, monkeypatch):
     assert result.exit_code == 1
     assert "is not right: expected" in result.output
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_what_is_left_out_is_named_once(tmp_path, triton, caplog):
+    path = tmp_path / "in.mkv"
+    with av.open(write_clip(tmp_path / "one.mkv", pictures(COUNT))) as one, av.open(path, "w") as out:
+        copies = [out.add_stream_from_template(one.streams.video[0], opaque=True) for _ in range(2)]
+        for packet in one.demux(video=0):
+            if packet.size:
+                packet.stream = copies[0]
+                out.mux(packet)
+    upscaled(path, tmp_path / "out.mkv", triton)
+    assert [line for line in caplog.messages if "left out" in line] == ["left out stream 1 (video h264)"]

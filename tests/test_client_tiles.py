@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from client_fakes import FakeTriton, decoded, ensemble_config, pictures, run_client, write_clip
-from tiles import OVERLAP_PX, grid_for
+from tiles import OVERLAP_PX, Grid, grid_for
 
 LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
 RADIUS_PX = 6  # how far ``blur`` looks
@@ -75,6 +77,21 @@ def test_no_seams(tmp_path, height, width):
     assert len(shapes) == 1
     for one, other in zip(tiled, whole, strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_putting_tiles_together_is_no_inference(tmp_path, monkeypatch):
+    merge = Grid.merge
+
+    def slowly(*arguments):
+        time.sleep(0.05)
+        return merge(*arguments)
+
+    monkeypatch.setattr(Grid, "merge", slowly)
+    clip = write_clip(tmp_path / "in.mkv", pictures(10, 32, 192))
+    with FakeTriton(config=ensemble_config(max_size="32x128")) as triton:
+        result = run_client(clip, tmp_path / "out.mkv", "--url", triton.url, "--json")
+    stages_s = json.loads(result.stdout.splitlines()[-1])["stages_s"]
+    assert stages_s["transfer"] >= 0.5 and stages_s["inference"] < stages_s["transfer"]
 
 
 def test_tiles_that_disagree_are_blended(tmp_path):
