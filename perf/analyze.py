@@ -7,17 +7,19 @@ import logging
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from perf.errors import PerfError
 from perf.plan import TRANSPORTS, Point, Sweep
 from perf.tools import Analyzer
 
-UNSTABLE = "Failed to obtain stable measurement"
-ANY_SPREAD_PERCENT = 1000  # the second try takes the windows as they come
+WINDOWS = 3  # perf_analyzer's percentiles are over the last three; we let it end with these
+ANY_SPREAD_PERCENT = 1000  # it would throw away what is not stable; we keep it, and mark it
+WINDOW = re.compile(r"Pass \[\d+\] throughput: (\S+) infer/sec")
 PERCENTILES = ("p50", "p90", "p95", "p99")
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class Measurement:
 
     is_stable: bool
     fps: float
+    """Over the windows after the first, in which the requests in flight build up."""
+    windows_fps: tuple[float, ...]
     latency_ms: dict[str, float]
     requests: int
 
@@ -48,6 +52,7 @@ class Measurement:
         return {
             "stable": self.is_stable,
             "fps": self.fps,
+            "windows_fps": list(self.windows_fps),
             "latency_ms": self.latency_ms,
             "requests": self.requests,
         }
@@ -74,8 +79,8 @@ def arguments(sweep: Sweep, point: Point, target: Target, rate: float | None) ->
         "-m", target.model, "-i", "grpc", "-u", target.grpc_url, "-b", str(point.batch),
         f"--input-data={target.input_data}", *load, *shared,
         "--measurement-mode=count_windows", f"--measurement-request-count={requests}",
-        f"--stability-percentage={sweep.stability_percent}", f"--max-trials={sweep.max_trials}",
-        f"--percentile={sweep.percentile}",
+        f"--stability-percentage={ANY_SPREAD_PERCENT}", f"--max-trials={WINDOWS}",
+        f"--percentile={sweep.percentile}", "-v",
     ]  # fmt: skip
 
 
@@ -89,32 +94,22 @@ def warm_up(analyzer: Analyzer, target: Target, point: Point, timeout_s: int) ->
 def measure(
     analyzer: Analyzer, sweep: Sweep, point: Point, target: Target, rate: float | None, csv_path: Path
 ) -> Measurement:
-    """Run perf_analyzer; where it finds no stable figure, run it again for one that is marked as unstable.
+    """Run perf_analyzer over three windows, however much they differ.
 
     Raises:
-        PerfError: It failed for another reason.
+        PerfError: It failed.
     """
-    run = _analyze(analyzer, sweep, point, target, rate, csv_path)
-    is_stable = run.returncode == 0
-    if not is_stable and UNSTABLE in run.stderr:
-        log.info("not stable within %d %%: once more, as it comes", sweep.stability_percent)
-        accepting = replace(sweep, stability_percent=ANY_SPREAD_PERCENT, max_trials=3)
-        run = _analyze(analyzer, accepting, point, target, rate, csv_path)
-    if run.returncode or not csv_path.is_file():
+    command = analyzer.command([*arguments(sweep, point, target, rate), "-f", str(csv_path)])
+    log.info("%s", shlex.join(command))
+    run = _run(command, sweep.timeout_s)
+    windows = tuple(map(float, WINDOW.findall(run.stdout)))
+    if run.returncode or not csv_path.is_file() or len(windows) < WINDOWS:
         lines = [line.strip() for line in (run.stderr + run.stdout).splitlines() if line.strip()]
         reason = next(
             (line for line in lines if re.search("error|fail|unable", line, re.IGNORECASE)), "no reason"
         )
         raise PerfError(f"perf_analyzer ended with status {run.returncode}: {reason}")
-    return _read(csv_path, run.stdout, is_stable)
-
-
-def _analyze(
-    analyzer: Analyzer, sweep: Sweep, point: Point, target: Target, rate: float | None, csv_path: Path
-) -> subprocess.CompletedProcess[str]:
-    command = analyzer.command([*arguments(sweep, point, target, rate), "-f", str(csv_path)])
-    log.info("%s", shlex.join(command))
-    return _run(command, sweep.timeout_s)
+    return _read(csv_path, run.stdout, windows, sweep.stability_percent)
 
 
 def _run(command: list[str], timeout_s: int) -> subprocess.CompletedProcess[str]:
@@ -126,14 +121,16 @@ def _run(command: list[str], timeout_s: int) -> subprocess.CompletedProcess[str]
         ) from err
 
 
-def _read(path: Path, output: str, is_stable: bool) -> Measurement:
+def _read(path: Path, output: str, windows: tuple[float, ...], stability_percent: int) -> Measurement:
     with path.open(newline="") as lines:
         row = next(csv.DictReader(lines))
     path.unlink()
     requests = re.search(r"Request count: (\d+)", output)
+    fps = mean(windows[1:])
     return Measurement(
-        is_stable=is_stable,
-        fps=float(row["Inferences/Second"]),
+        is_stable=all(abs(one - fps) <= stability_percent / 100 * fps for one in windows[1:]),
+        fps=round(fps, 3),
+        windows_fps=windows,
         latency_ms={name: round(float(row[f"{name} latency"]) / 1000, 2) for name in PERCENTILES},
         requests=int(requests[1]) if requests else 0,
     )

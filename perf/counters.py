@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -70,6 +71,23 @@ def others_cpu_s(session: int) -> float:
         utime, stime = text.rpartition(")")[2].split()[11:13]
         ticks -= int(utime) + int(stime)
     return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+class NoiseWatch:
+    """Watches what other programs do to the processors from its making on."""
+
+    def __init__(self, session: int | None) -> None:
+        """None: a server whose processes we cannot tell from others'."""
+        self.session = session
+        self.started_s = time.monotonic()
+        self.before_s = 0.0 if session is None else others_cpu_s(session)
+
+    def others_cores(self) -> float | None:
+        """Cores that neither the session nor this process and its children used, on average."""
+        if self.session is None:
+            return None
+        used_s = others_cpu_s(self.session) - self.before_s
+        return max(0.0, round(used_s / (time.monotonic() - self.started_s), 2))
 
 
 def _session_files(session: int, name: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ from deploy.embedded.server import ServerError, TritonServer
 from perf import clip, results
 from perf.analyze import measure, warm_up
 from perf.errors import Command, PerfError, one_line
-from perf.machine import machine
+from perf.machine import gpu, machine
 from perf.plan import Point, Sweep
 from perf.sweep import MODELS, ROOT, WORK, Contract, request_target
 from perf.tools import Analyzer, find_analyzer
@@ -56,7 +56,7 @@ class Chain:
             onnxruntime.InferenceSession(
                 str(model_file(repository, configs[step.model_name])),
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=[*(["CUDAExecutionProvider"] if gpu() else []), "CPUExecutionProvider"],
             )
             for step in self.steps
         ]
@@ -166,7 +166,7 @@ def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out:
     best = max(bare, key=lambda name: bare[name])
     result = {
         "kind": "overhead",
-        "name": "overhead",
+        "name": "overhead_gpu" if gpu() else "overhead",
         **facts,
         "size": list(size),
         "frames": len(lr),

@@ -43,11 +43,11 @@ class Sweep:
     targets: tuple[str, ...] = ()
     """Configurations to serve, ``<model>/configs/<target>.pbtxt``; empty: ``config.pbtxt``."""
     frames: int = 24
-    """Frames per measurement window; perf_analyzer compares the last three windows."""
+    """Frames of one of perf_analyzer's windows, at least; a measurement is three of them."""
     rounds: int = 1
     """Everything is measured so often, in turns, so that the machine's own noise shows."""
     stability_percent: int = 10
-    max_trials: int = 4
+    """A round whose windows lie further from their mean is marked."""
     percentile: int = 95
     timeout_s: int = 240
     """Of one run of perf_analyzer."""
@@ -96,6 +96,13 @@ def points(sweep: Sweep) -> Iterator[Point]:
 def needs_gpu(sweep: Sweep) -> bool:
     """Whether a machine without a GPU has to leave this sweep out."""
     return bool(GPU_TARGETS & set(sweep.targets)) or "cuda" in sweep.transports
+
+
+def changes_server(sweep: Sweep) -> bool:
+    """Whether its points need servers of different settings."""
+    return len({point.serving for point in points(sweep)}) > 1 or bool(
+        sweep.instances or sweep.queue_delays_us
+    )
 
 
 def load_sweep(name: str, path: Path = SWEEPS) -> Sweep:

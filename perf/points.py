@@ -60,7 +60,10 @@ class Measured:
     latency_ms: dict[str, Figure]
     batch: Figure | None
     """Frames per run of the slowest stage, as the server counted them."""
-    memory_mb: Figure
+    memory_mb: Figure | None
+    """Of the server's processes; None: it was not ours to see."""
+    gpu_memory_mb: Figure | None
+    """In use on the GPU; None: there was none."""
     others_cores: float
     """Processor cores that other programs used meanwhile; the most of the rounds."""
     stages: dict[str, dict[str, float]]
@@ -120,8 +123,15 @@ def _measured(point: dict[str, Any]) -> Measured:
         is_stable=all(one["stable"] for one in rounds),
         fps=Figure(tuple(one["fps"] for one in rounds)),
         latency_ms={name: Figure(tuple(one["latency_ms"][name] for one in rounds)) for name in percentiles},
-        batch=Figure(tuple(slowest)) if slowest else None,
-        memory_mb=Figure(tuple(one["server_memory_mb"] for one in rounds)),
-        others_cores=max(one["others_cores"] for one in rounds),
+        batch=_figure(slowest),
+        memory_mb=_figure([one["server_memory_mb"] for one in rounds]),
+        gpu_memory_mb=_figure([one.get("gpu_memory_mb") for one in rounds]),
+        others_cores=max(one["others_cores"] or 0.0 for one in rounds),
         stages=rounds[-1]["stages"],
     )
+
+
+def _figure(values: list[float | None]) -> Figure | None:
+    """A figure of the rounds that have it."""
+    known = tuple(value for value in values if value is not None)
+    return Figure(known) if known else None

@@ -55,11 +55,13 @@ def stage_names(configs: dict[str, pb.ModelConfig]) -> list[str]:
 
 
 def model_file(repository: Path, config: pb.ModelConfig) -> Path:
-    """The file that a stage is served from."""
-    path = repository / config.name / VERSION / (config.default_model_filename or "model.onnx")
-    if not path.is_file():
-        raise PerfError(f"expected {path}, found no such file: run `make export`")
-    return path
+    """The file that a stage is served from; of plans for several GPUs, the first that is there."""
+    names = [config.default_model_filename or "model.onnx", *config.cc_model_filenames.values()]
+    paths = [repository / config.name / VERSION / name for name in names]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise PerfError(f"expected {paths[0]}, found no such file: run `make export` for this target")
+    return found
 
 
 def fingerprints(repository: Path, target: str | None) -> dict[str, str]:

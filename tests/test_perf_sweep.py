@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +16,16 @@ from click.testing import CliRunner
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from perf import analyze, clip, counters, plan, results, sweep, tools, variant
-from perf.analyze import Measurement, Target
+from perf import clip, plan, results, sweep, tools, variant
+from perf.analyze import Measurement
 from perf.errors import PerfError
-from perf.plan import Point, Sweep
+from perf.plan import Sweep
+from perf.progress import Progress, total_weight
 from perf.tools import Analyzer
 from perf.variant import Serving
 
 ANALYZER = Analyzer(Path("/bin/perf_analyzer"), Path("/lib"), "1.2")
-TARGET = Target("localhost:1", "mst_gan", Path("in.json"), 1000)
-MEASURED = Measurement(True, 8.0, {"p50": 1.0, "p90": 2.0, "p95": 3.0, "p99": 4.0}, 10)
+MEASURED = Measurement(True, 8.0, (7.0, 8.0, 8.0), {"p50": 1.0, "p90": 2.0, "p95": 3.0, "p99": 4.0}, 10)
 
 
 def read(text: str, tmp_path: Path, name: str = "one") -> Sweep:
@@ -107,76 +104,59 @@ def test_without_names_all_sweeps_run_that_need_no_gpu(monkeypatch: pytest.Monke
     assert "transport_cuda" not in names
 
 
+def test_on_a_gpu_its_sweeps_run_too_under_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "gpu", lambda: "a GPU")
+
+    names = [one.name for one in sweep.chosen_sweeps((), None, is_running=False)]
+
+    assert {"concurrency_gpu", "transport_cuda_gpu"} <= set(names)
+
+
+def test_a_running_server_is_left_as_it_is() -> None:
+    names = [one.name for one in sweep.chosen_sweeps((), None, is_running=True)]
+
+    assert {"concurrency", "load", "sizes"} <= set(names)
+    assert not {"queue_delay", "instances", "fused", "precision"} & set(names)
+    with pytest.raises(PerfError, match="leaves a running server as it is, found instances"):
+        sweep.chosen_sweeps(("instances",), None, is_running=True)
+
+
+def test_a_sweep_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[str] = []
+
+    def fail_once(self: sweep.Sweeper) -> Path:
+        run.append(self.sweep.name)
+        if len(run) == 1:
+            raise PerfError("the server ended")
+        return Path("results.json")
+
+    monkeypatch.setattr(sweep, "find_analyzer", lambda: ANALYZER)
+    monkeypatch.setattr(sweep.Sweeper, "__init__", lambda self, one, *_: setattr(self, "sweep", one))
+    monkeypatch.setattr(sweep.Sweeper, "run", fail_once)
+
+    result = CliRunner().invoke(sweep.main, ["sizes", "load"])
+
+    assert run == ["sizes", "load"]
+    assert result.exit_code == 1
+    assert "Error: 1 of 2 sweeps did not end: the server ended" in result.output
+
+
+def test_progress_estimates_the_rest() -> None:
+    now = Progress(total=400.0)
+    now.started_s -= 60
+
+    assert now.step(100.0) == "25% done, 1.0 min gone, 3.0 min left"
+
+
 def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]]:
     """Names and targets of the sweeps that the command would run."""
     run: list[Sweep] = []
     monkeypatch.setattr(sweep, "find_analyzer", lambda: ANALYZER)
+    monkeypatch.setattr(sweep, "gpu", lambda: None)
     monkeypatch.setattr(sweep.Sweeper, "__init__", lambda self, one, *_: run.append(one))
     monkeypatch.setattr(sweep.Sweeper, "run", lambda self: Path("results.json"))
     assert CliRunner().invoke(sweep.main, arguments).exit_code == 0
     return [(one.name, one.targets) for one in run]
-
-
-def test_closed_loop_command() -> None:
-    point = Point(Serving(), (180, 320), batch=4, concurrency=6, transport="system")
-
-    words = analyze.arguments(Sweep("one", "?", frames=16), point, TARGET, None)
-
-    assert words[:8] == ["-m", "mst_gan", "-i", "grpc", "-u", "localhost:1", "-b", "4"]
-    assert {"--concurrency-range=6", "--shared-memory=system", "--output-shared-memory-size=1000"} <= set(
-        words
-    )
-    assert "--measurement-mode=count_windows" in words
-    assert "--measurement-request-count=6" in words  # 16 frames are 4 requests, but 6 are in flight
-    assert not any("profile-export" in word for word in words)  # it would write every frame as JSON numbers
-
-
-def test_open_loop_command() -> None:
-    point = Point(Serving(), (180, 320), batch=1, concurrency=8, transport="grpc", load=0.5)
-
-    words = analyze.arguments(Sweep("one", "?", frames=16), point, TARGET, 3.25)
-
-    assert {"--request-rate-range=3.25", "--request-distribution=poisson"} <= set(words)
-    assert not any("concurrency" in word or "shared-memory" in word for word in words)
-
-
-def put_analyzer(tmp_path: Path, body: str) -> Analyzer:
-    """A stand-in that may answer by ``$*``; the CSV is what perf_analyzer 2.51.0 writes."""
-    path = tmp_path / "perf_analyzer"
-    csv = (
-        "Concurrency,Inferences/Second,Server Queue,p50 latency,p90 latency,p95 latency,p99 latency\n"
-        "4,20.5,2,36795,51250,60076,79175\n"
-    )
-    (tmp_path / "sample.csv").write_text(csv)
-    path.write_text(f"#!/bin/sh\nfor last; do :; done\n{body}\ncp {tmp_path}/sample.csv $last\n")
-    path.chmod(0o755)
-    return Analyzer(path, tmp_path, "1")
-
-
-@pytest.mark.parametrize("is_stable", [True, False])
-def test_figures_are_read_and_unstable_ones_marked(tmp_path: Path, is_stable: bool) -> None:
-    body = 'echo "    Request count: 33"'
-    if not is_stable:
-        refusal = 'echo "Failed to obtain stable measurement." >&2; exit 2'
-        body += f'\ncase "$*" in *percentage=10\\ *) {refusal};; esac'
-    analyzer = put_analyzer(tmp_path, body)
-    point = Point(Serving(), (180, 320), 1, 4, "grpc")
-
-    found = analyze.measure(analyzer, Sweep("one", "?"), point, TARGET, None, tmp_path / "out.csv")
-
-    assert found.is_stable is is_stable
-    assert (found.fps, found.requests) == (20.5, 33)
-    assert found.latency_ms == {"p50": 36.8, "p90": 51.25, "p95": 60.08, "p99": 79.17}
-
-
-def test_failure_and_silence_of_perf_analyzer(tmp_path: Path) -> None:
-    point = Point(Serving(), (180, 320), 1, 4, "grpc")
-    broken = put_analyzer(tmp_path, "echo 'usage'; echo 'error: no connection' >&2; exit 99")
-    with pytest.raises(PerfError, match="status 99: error: no connection"):
-        analyze.measure(broken, Sweep("one", "?"), point, TARGET, None, tmp_path / "out.csv")
-    silent = put_analyzer(tmp_path, "exec sleep 60")
-    with pytest.raises(PerfError, match="did not end in 1 s"):
-        analyze.measure(silent, Sweep("one", "?", timeout_s=1), point, TARGET, None, tmp_path / "out.csv")
 
 
 def metrics(requests: int) -> str:
@@ -189,33 +169,6 @@ def metrics(requests: int) -> str:
         lines.append(f'nv_inference_{name}{{model="generator",version="1"}} {value}')
     lines.append('nv_inference_request_failure{model="generator",reason="OTHER",version="1"} 0')
     return "\n".join(lines)
-
-
-def test_stages_between_two_looks_at_the_server() -> None:
-    before, after = counters.parse(metrics(10)), counters.parse(metrics(30))
-
-    found = counters.stages(before, after, ["generator", "idle"])
-
-    times = {"queue_ms": 5.0, "input_ms": 1.0, "infer_ms": 20.0, "output_ms": 0.5}
-    assert found == {"generator": {"batch": 4.0, **times}}
-
-
-def test_own_memory_is_found() -> None:
-    assert counters.session_memory_mb(os.getsid(0)) > 10
-
-
-def test_work_of_others_is_counted_and_that_of_a_session_is_not() -> None:
-    loop = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass\ninput()"
-    command = [sys.executable, "-c", loop]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as busy:
-        time.sleep(0.1)
-        before = {session: counters.others_cpu_s(session) for session in (busy.pid, -1)}
-        time.sleep(0.8)
-        after = {session: counters.others_cpu_s(session) for session in before}
-        busy.communicate(b"\n")
-
-    seen, ignored = (after[session] - before[session] for session in (-1, busy.pid))
-    assert seen - ignored > 0.2
 
 
 def test_variant_changes_the_stages_of_a_copy(toy_repository: Path, tmp_path: Path) -> None:
@@ -333,7 +286,8 @@ def sweeper(
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.setattr(sweep.Sweeper, "serve", serve)
     one = Sweep("one", "?", sizes=((16, 16),), batches=(4,), loads=(0.25, 0.5), instances=(1, 2))
-    yield sweep.Sweeper(one, ANALYZER, toy_repository, tmp_path / "out", tmp_path), server, rates
+    bench = sweep.Bench(ANALYZER, toy_repository, tmp_path / "out", tmp_path)
+    yield sweep.Sweeper(one, bench, Progress(total_weight([one]))), server, rates
 
 
 def test_dead_server_stops_the_sweep_and_keeps_its_points(
@@ -393,10 +347,11 @@ def test_real_perf_analyzer_on_a_real_server(toy_repository: Path, tmp_path: Pat
         if os.environ.get("REQUIRE_PERF"):
             raise
         pytest.skip(str(err))
-    one = Sweep("one", "?", sizes=((30, 40),), transports=("grpc", "system"), frames=4, max_trials=3)
+    one = Sweep("one", "?", sizes=((30, 40),), transports=("grpc", "system"), frames=4)
 
     sweep.WORK.mkdir(parents=True, exist_ok=True)
-    path = sweep.Sweeper(one, analyzer, toy_repository, tmp_path, sweep.WORK).run()
+    bench = sweep.Bench(analyzer, toy_repository, tmp_path, sweep.WORK)
+    path = sweep.Sweeper(one, bench, Progress(total_weight([one]))).run()
 
     result = results.load(path)
     assert result["stopped"] == ""
