@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
-from perf.document import Section, Table, source_of
-from perf.points import Figure, measured, varying
+from perf.document import Section, Table, machine_of, source_of
+from perf.findings import verdict
+from perf.points import SETTINGS, Figure, measured, varying
 from perf.results import Result
+
+OTHER_MACHINE = "**Another machine**: the change is that of the machine as well."
 
 
 def comparison(base: dict[str, Result], now: dict[str, Result]) -> list[Section]:
-    """One section for each sweep that both runs have."""
+    """One section for each result that both runs have."""
     return [
         _compare(base[name], now[name])
         for name in now
-        if name in base and now[name]["kind"] == "sweep" and base[name]["kind"] == "sweep"
+        if name in base and base[name]["kind"] == now[name]["kind"] and _figures(now[name])
     ]
 
 
-def verdict(before: Figure, after: Figure) -> str:
-    """What a difference means: machines are noisy."""
-    if min(len(before.values), len(after.values)) == 1:
-        return "one round: spread unknown"
-    (low, high), (least, most) = before.span, after.span
-    if low <= most and least <= high:
-        return "within the spread"
-    return "faster" if least > high else "slower"
+def _figures(result: Result) -> dict[str, Figure]:
+    """What is compared of a result: frames/s by the words that name them."""
+    match result["kind"]:
+        case "sweep":
+            return {point.label(list(SETTINGS)): point.fps for point in measured(result)}
+        case "overhead":
+            return {name: Figure(tuple(values)) for name, values in result["fps"].items()}
+        case "peers":
+            return {
+                f"{row['network']}, {row['runtime']}, {row['size'][1]}x{row['size'][0]}": Figure(
+                    tuple(1000 / ms for ms in row["ms_per_frame"])
+                )
+                for row in result["rows"]
+            }
+    return {row["name"]: Figure(tuple(row["fps_rounds"])) for row in result["rows"] if "fps_rounds" in row}
+
+
+def _short(result: Result) -> dict[str, str]:
+    """Name of a figure -> the same without what all points of a sweep share."""
+    if result["kind"] != "sweep":
+        return {}
+    points = measured(result)
+    keys = varying(points) or ["size"]
+    return {point.label(list(SETTINGS)): point.label(keys) for point in points}
 
 
 def _compare(base: Result, now: Result) -> Section:
-    points = measured(now)
-    keys = varying(points) or ["size"]
-    earlier = {str(point.settings): point for point in measured(base)}
+    earlier, short = _figures(base), _short(now)
     rows = []
-    for point in points:
-        if before := earlier.get(str(point.settings)):
-            change = point.fps.median / before.fps.median - 1
-            figures = (
-                before.fps.text(2),
-                point.fps.text(2),
-                f"{change:+.1%}",
-                verdict(before.fps, point.fps),
-            )
-            rows.append((point.label(keys), *figures))
+    for name, after in _figures(now).items():
+        if before := earlier.get(name):
+            change = f"{after.median / before.median - 1:+.1%}"
+            meaning = verdict(before, after)
+            rows.append((short.get(name, name), before.text(2), after.text(2), change, meaning))
     return Section(
         f"{now['name']}_compared",
-        f"Against the earlier run: {now['question']}",
-        (f"Before: {source_of(base)}.",),
+        f"Against the earlier run: {now.get('question', now['name'])}",
+        (f"Before: {source_of(base)}.", *([OTHER_MACHINE] if machine_of(base) != machine_of(now) else [])),
         Table(("point", "frames/s before", "frames/s now", "change", "means"), rows),
         source=source_of(now),
     )

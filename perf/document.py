@@ -31,13 +31,21 @@ class Section:
     """Where and with what it was measured."""
 
 
+def machine_of(result: Result) -> str:
+    """Processor with what tells it from its namesakes, memory, GPU."""
+    machine = result["machine"]
+    units = ", ".join(unit.replace("_", "-").upper() for unit in machine["vector_units"][-2:])
+    processor = f"{machine['cpu']}, {machine['cores']} cores ({units}), {machine['memory_gb']:g} GB"
+    return f"{processor}; {machine['gpu'] or 'no GPU'}"
+
+
 def source_of(result: Result) -> str:
     """Machine, versions, date, commit and models in one line."""
     machine = result["machine"]
-    units = ", ".join(unit.replace("_", "-").upper() for unit in machine["vector_units"][-2:])
+    server = result.get("server", "embedded")
     parts = [
-        f"{machine['cpu']}, {machine['cores']} cores ({units}), {machine['memory_gb']:g} GB",
-        machine["gpu"] or "no GPU",
+        machine_of(result),
+        "" if server == "embedded" else f"server already running at {server}",
         machine["system"],
         ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         f"perf_analyzer {machine['perf_analyzer']}" if "perf_analyzer" in machine else "",

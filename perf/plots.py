@@ -30,15 +30,17 @@ matplotlib.rcParams.update(
 COLOURS = ("#1b6ca8", "#d1603d", "#3d8361", "#8d5a97", "#b38a00", "#5c6b73")
 WIDTH_IN, HEIGHT_IN = 9.0, 2.9
 BAR_IN = 0.32
+UNITS = {"queue_delay_us": 1000}  # drawn in ms
 PHASES = {"queue_ms": "queue", "input_ms": "input", "infer_ms": "infer", "output_ms": "output"}
 PERCENTILES = ("p50", "p95", "p99")
 
 
 def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
-    """Throughput, tail latency and batch over one setting; a line for each combination of the others."""
+    """Throughput, latency, batch and memory over one setting; a line for each combination of the others."""
     others = [name for name in varying(list(points)) if name != key]
     canvas = Canvas(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
-    panels = canvas.subplots(1, 3)
+    panels = canvas.subplots(1, 4)
+    unit = UNITS.get(key, 1)
     groups: dict[str, list[Measured]] = {}
     for point in points:
         groups.setdefault(point.label(others), []).append(point)
@@ -46,31 +48,45 @@ def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
         ("frames/s", lambda point: point.fps),
         ("p95 latency, ms", lambda point: point.latency_ms["p95"]),
         ("batch achieved", lambda point: point.batch),
+        ("server memory, MB", lambda point: point.memory_mb),
     )
     for panel, (title, figure_of) in zip(panels, quantities, strict=True):
         for colour, (label, members) in zip(COLOURS, groups.items(), strict=False):
-            shown = [(point.settings[key], figure) for point in members if (figure := figure_of(point))]
+            shown = [
+                (point.settings[key] / unit, figure) for point in members if (figure := figure_of(point))
+            ]
             _line(panel, [x for x, _ in shown], [figure for _, figure in shown], label, colour)
-        panel.set(title=title, xlabel=axis, ylim=(0, None))
+        panel.set(
+            title=title, ylim=(0, None), xticks=sorted({point.settings[key] / unit for point in points})
+        )
+        panel.xaxis.set_major_formatter("{x:g}")
+    canvas.supxlabel(axis, fontsize="medium")
     if others:
-        panels[0].legend()
+        handles, labels = panels[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, ncols=len(labels), loc="outside upper center")
     return _svg(canvas)
 
 
 def percentiles_over_rate(points: Sequence[Measured]) -> str:
-    """Latency percentiles over the offered load."""
-    canvas = Canvas(figsize=(WIDTH_IN * 0.6, HEIGHT_IN), layout="constrained")
-    panel = canvas.subplots()
+    """Latency percentiles over the offered load; a panel for each combination of the other settings."""
     offered = [point for point in points if point.rate]
-    for colour, name in zip(COLOURS, PERCENTILES, strict=False):
-        figures = [point.latency_ms[name] for point in offered]
-        _line(panel, [_frames_per_second(point) for point in offered], figures, name, colour)
-    panel.set(xlabel="frames/s offered, Poisson", ylabel="latency, ms", ylim=(0, None))
-    panel.legend()
+    others = [name for name in varying(offered) if name != "load"] or ["size"]
+    groups: dict[str, list[Measured]] = {}
+    for point in offered:
+        groups.setdefault(point.label(others), []).append(point)
+    canvas = Canvas(figsize=(WIDTH_IN * min(1.0, 0.5 * len(groups)), HEIGHT_IN), layout="constrained")
+    panels = canvas.subplots(1, max(1, len(groups)), squeeze=False)[0]
+    for panel, (label, members) in zip(panels, groups.items(), strict=False):
+        for colour, name in zip(COLOURS, PERCENTILES, strict=False):
+            figures = [point.latency_ms[name] for point in members]
+            _line(panel, [offered_fps(point) for point in members], figures, name, colour)
+        panel.set(title=label, xlabel="frames/s offered, Poisson", ylim=(0, None), xlim=(0, None))
+    panels[0].set_ylabel("latency, ms")
+    panels[0].legend()
     return _svg(canvas)
 
 
-def bars(figures: Mapping[str, Figure], axis: str) -> str:
+def bars(figures: Mapping[str, Figure], axis: str, *, is_logarithmic: bool = False) -> str:
     """One bar each, with the span over the rounds."""
     canvas = Canvas(figsize=(WIDTH_IN * 0.75, 0.7 + BAR_IN * len(figures)), layout="constrained")
     panel = canvas.subplots()
@@ -79,7 +95,12 @@ def bars(figures: Mapping[str, Figure], axis: str) -> str:
              [f.span[1] - m for m, f in zip(medians, figures.values(), strict=True)]]  # fmt: skip
     drawn = panel.barh(list(figures), medians, xerr=spans, color=COLOURS[0], height=0.62, error_kw={"lw": 1})
     panel.bar_label(drawn, [f" {figure.text()}" for figure in figures.values()], padding=4)
-    panel.set(xlabel=axis, xlim=(0, 1.35 * max(figure.span[1] for figure in figures.values())))
+    most = max(figure.span[1] for figure in figures.values())
+    if is_logarithmic:
+        panel.set(xscale="log", xlim=(0.5 * min(medians), 8 * most))
+    else:
+        panel.set(xlim=(0, 1.35 * most))
+    panel.set_xlabel(axis)
     panel.invert_yaxis()
     panel.grid(False, axis="y")
     return _svg(canvas)
@@ -136,7 +157,8 @@ def stage_bars(points: Mapping[str, Measured], stages: Sequence[str]) -> str:
     return _svg(canvas)
 
 
-def _frames_per_second(point: Measured) -> float:
+def offered_fps(point: Measured) -> float:
+    """Frames per second that an open loop offers."""
     assert point.rate is not None
     return point.rate * int(point.settings["batch"])
 

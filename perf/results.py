@@ -10,7 +10,7 @@ from typing import Any
 from perf.errors import PerfError
 
 SCHEMA = "mst-gan-perf/1"
-KINDS = ("sweep", "overhead", "peers", "ladder")
+KINDS = ("sweep", "overhead", "peers", "ladder", "gpu")
 FOLDER = Path(__file__).parent / "results"
 REQUIRED = ("kind", "name", "machine")
 

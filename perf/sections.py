@@ -6,9 +6,12 @@ from math import floor
 from typing import Any
 
 from perf import plots
-from perf.document import Section, Table, source_of
+from perf.document import Section, Table, machine_of, source_of
+from perf.findings import findings
+from perf.gpu.table import gpu_sections
 from perf.ladder.table import ladder_sections
-from perf.peers.table import peers_sections
+from perf.peers.papers import papers_sections
+from perf.peers.table import peers_section
 from perf.plan import sweep_names
 from perf.points import QUIET_CORES, Figure, Measured, described, measured, varying
 from perf.results import Result
@@ -16,24 +19,67 @@ from perf.results import Result
 RATES_FPS = (24, 30)
 LOOK_AHEAD_FRAMES = 1  # the window's last frame must have come before its centre frame can be sent
 STAGES = ("flow_align", "generator", "pixel_shuffle")
-AXES = {"queue_delay_us": "queue delay, us", "concurrency": "requests in flight"}
+AXES = {"queue_delay_us": "queue delay, ms", "concurrency": "requests in flight"}
+SUFFIXES = ("_gpu", "_cuda", "_tensorrt", "_fp32", "_cpu")  # of a sweep's name, on other machines or targets
 
 
 def sections(results: dict[str, Result]) -> list[Section]:
     """Everything that these results allow to say."""
-    found = []
-    order = [*sweep_names(), *results]  # the sweeps as their file has them, then the rest
-    for result in sorted(results.values(), key=lambda result: order.index(result["name"])):
+    found = [_sources(results)]
+    for result in sorted(results.values(), key=_order):
         match result["kind"]:
             case "sweep":
                 found += _sweep(result)
             case "overhead":
                 found.append(_overhead(result))
+            case "gpu":
+                found += gpu_sections(result)
             case "peers":
-                found += peers_sections(result)
+                found.append(peers_section(result))
             case "ladder":
                 found += ladder_sections(result)
-    return found
+    return found + papers_sections(results)
+
+
+def _order(result: Result) -> tuple[int, str]:
+    """The sweeps as their file has them, each beside its kin, then the rest."""
+    name = result["name"]
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    order = sweep_names()
+    return (order.index(name) if name in order else len(order)), result["name"]
+
+
+def _sources(results: dict[str, Result]) -> Section:
+    """What was measured where; results of different machines stand side by side, and must not be mixed."""
+    rows = [
+        (
+            result["name"],
+            machine_of(result),
+            result["machine"]["date"],
+            result["machine"]["commit"],
+            _generator(result),
+        )
+        for result in sorted(results.values(), key=_order)
+    ]
+    text = ["One line for each file of results; every part below repeats its own."]
+    if len({row[1] for row in rows}) > 1:
+        text.append(
+            "**These are different machines.** Figures compare within a part; between parts only where this "
+            "table gives them the same machine and the same generator."
+        )
+    return Section(
+        "sources",
+        "What was measured where",
+        tuple(text),
+        Table(("results", "machine", "date", "commit", "generator"), rows),
+    )
+
+
+def _generator(result: Result) -> str:
+    """Digests of the generators that were served."""
+    files = [files["generator"] for files in result.get("models", {}).values()]
+    return ", ".join(dict.fromkeys(text.rpartition(" ")[2] for text in files)) or "-"
 
 
 def _sweep(result: Result) -> list[Section]:
@@ -47,16 +93,15 @@ def _sweep(result: Result) -> list[Section]:
         text.append("Medians; in brackets the least and the most of the rounds.")
     if not all(point.is_stable for point in points):
         text.append(
-            "`~`: perf_analyzer saw its last three windows differ by more than its threshold "
-            f"in {sum(not point.is_stable for point in points)} of {len(points)} points."
+            "`~`: the windows of a round lie further from their mean than the sweep allows, "
+            f"at {sum(not point.is_stable for point in points)} of {len(points)} points."
         )
     if disturbed := [point for point in points if point.others_cores > QUIET_CORES]:
         text.append(
             f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile, "
             f"at {len(disturbed)} of {len(points)} points."
         )
-    if "queue_delay_us" in keys:
-        text.append(_shortest_delay(points))
+    text += findings(points, keys, result.get("committed", {}))
     if result["stopped"]:
         text.append(f"**Not complete**: {result['stopped']}.")
     found = [
@@ -72,25 +117,6 @@ def _sweep(result: Result) -> list[Section]:
     return found
 
 
-def _shortest_delay(points: list[Measured]) -> str:
-    """What the sweep of queue delays says: the shortest that costs no throughput under the heaviest load."""
-    most = max(point.settings["concurrency"] for point in points)
-    loaded = [point for point in points if point.settings["concurrency"] == most]
-    if min(len(point.fps.values) for point in loaded) == 1:
-        return "One round of some points: without a spread, no choice."
-    best = max(loaded, key=lambda point: point.fps.median)
-    as_good = [point for point in loaded if point.fps.span[1] >= best.fps.span[0]]
-    shortest = min(as_good, key=lambda point: int(point.settings["queue_delay_us"]))
-    most_frames, least_wait = (
-        f"{described('queue_delay_us', point.settings['queue_delay_us'])} ({point.fps.text(2)} frames/s)"
-        for point in (best, shortest)
-    )
-    return (
-        f"With {most} in flight the most comes out at {most_frames}. The shortest within its spread, and so "
-        f"the choice: **{least_wait}**."
-    )
-
-
 def _marks(point: Measured) -> str:
     return "!" * (point.others_cores > QUIET_CORES) + "~" * (not point.is_stable)
 
@@ -98,18 +124,20 @@ def _marks(point: Measured) -> str:
 def _sweep_table(points: list[Measured], keys: list[str]) -> Table:
     headings = [*(key.removesuffix("_us").replace("_", " ") for key in keys), "frames/s"]
     headings += ["p50 ms", "p95 ms", "p99 ms", "batch achieved", "server MB"]
+    has_gpu = any(point.gpu_memory_mb for point in points)
     rows = []
     for point in points:
+        memory = [point.memory_mb, *([point.gpu_memory_mb] if has_gpu else [])]
         rows.append(
             (
                 *(described(key, point.settings[key]) for key in keys),
                 _marks(point) + point.fps.text(2),
                 *(point.latency_ms[name].text(0) for name in ("p50", "p95", "p99")),
                 point.batch.text(2) if point.batch else "",
-                f"{point.memory_mb.span[1]:.0f}",
+                *(f"{figure.span[1]:.0f}" if figure else "" for figure in memory),
             )
         )
-    return Table(tuple(headings), rows)
+    return Table((*headings, *(["GPU MB"] if has_gpu else [])), rows)
 
 
 def _plot(points: list[Measured], keys: list[str]) -> str:
@@ -124,27 +152,30 @@ def _plot(points: list[Measured], keys: list[str]) -> str:
 def _streams(result: Result, points: list[Measured]) -> Section:
     """Streams of a frame rate that the machine serves in time, from the sweep of random arrivals."""
     offered = [point for point in points if point.rate]
+    others = [key for key in varying(offered) if key != "load"] or ["size"]
+    groups: dict[str, list[Measured]] = {}
+    for point in offered:
+        groups.setdefault(point.label(others), []).append(point)
     rows = []
-    for fps in RATES_FPS:
-        limit_ms = 1000 * (1 + LOOK_AHEAD_FRAMES) / fps
-        met = [
-            point.rate * point.settings["batch"]
-            for point in offered
-            if point.rate and _p95(point) <= limit_ms
-        ]
-        rate = max(met, default=0.0)
-        rows.append((str(fps), f"{limit_ms:.0f} ms", f"{rate:.1f}", str(floor(rate / fps))))
-    lowest = min(map(_p95, offered))
+    for label, members in groups.items():
+        for fps in RATES_FPS:
+            limit_ms = 1000 * (1 + LOOK_AHEAD_FRAMES) / fps
+            rate = max((plots.offered_fps(one) for one in members if _p95(one) <= limit_ms), default=0.0)
+            rows.append((label, str(fps), f"{limit_ms:.0f}", f"{rate:.1f}", str(floor(rate / fps))))
+    lowest = "; ".join(f"{label}: {min(map(_p95, members)):.0f} ms" for label, members in groups.items())
     return Section(
         f"{result['name']}_streams",
         "How many streams in real time?",
         (
             "A stream is in time where 95 % of its frames come back within one frame time plus the "
-            f"look-ahead of its window, one frame more. The shortest p95 measured is {lowest:.0f} ms.",
+            f"look-ahead of its window, one frame more. The shortest p95 measured: {lowest}. Arrivals are "
+            "random, which is harder on a server than the even beat of a single stream.",
         ),
-        Table(("stream, frames/s", "p95 allowed", "most frames/s in time", "streams"), rows),
+        Table(
+            ("input", "stream, frames/s", "p95 allowed, ms", "most frames/s in time", "streams"), rows
+        ),
         source=source_of(result),
-    )
+    )  # fmt: skip
 
 
 def _p95(point: Measured) -> float:
@@ -194,7 +225,8 @@ def _overhead(result: Result) -> Section:
             "many requests under way at the same server. The bare loops run the same ONNX files in one "
             "process, frames in memory. Neither decodes or encodes; all have the same cores.",
             f"Decoded, served and encoded: {analyzed}**{result['served_over_best_bare']:.0%}** of the best "
-            f"bare loop ({result['best_bare']}). The client's slowest stage is {slowest} ({busy}).",
+            f"bare loop ({result['best_bare']}). The bottleneck is **{slowest}**: the client's stages were "
+            f"at work for {busy}.",
         ),
         Table(("side", "frames/s"), [(name, figure.text(2)) for name, figure in figures.items()]),
         plots.bars(figures, "frames/s"),

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perf import results
+from perf.errors import PerfError
 from perf.peers import layers, timing
 from perf.peers.__main__ import main
 from perf.peers.basicvsr import BasicVsr, SpyNet
@@ -23,9 +24,10 @@ from perf.peers.deform_conv import deform_conv
 from perf.peers.edvr import edvr_l
 from perf.peers.improved_edvr import ImprovedEdvr
 from perf.peers.layers import backward_warp
+from perf.peers.papers import papers_sections
 from perf.peers.rows import ROWS, count
 from perf.peers.rsdn import Cell, Rsdn, structure_of
-from perf.peers.table import peers_sections
+from perf.peers.table import peers_section
 
 PERF = Path(__file__).parent.parent / "perf"
 SIZE = (180, 320)
@@ -214,7 +216,7 @@ def test_onnx_runtime_answers_as_pytorch_does() -> None:
 def test_slow_network_is_measured_on_a_smaller_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def runs(row: Any, network: Any, runtime: str, size: Any, threads: int, times: int) -> Any:
+    def runs(row: Any, network: Any, runtime: str, size: Any, threads: int, times: int, device: str) -> Any:
         sizes.append(size)
         return [size] * times
 
@@ -239,23 +241,117 @@ def test_tables_mark_smaller_rows_and_print_the_papers_units(tmp_path: Path) -> 
         "ms_per_frame": [4000.0, 5000.0],
         "peak_memory_mb": 900.4,
     }
-    measured, papers = peers_sections(
-        {
-            "kind": "peers", "name": "peers", "threads": 2, "size": [180, 320], "papers_size": [720, 1280],
-            "machine": {
-                "cpu": "c", "cores": 2, "vector_units": [], "memory_gb": 1, "gpu": None, "system": "s",
-                "versions": {}, "load_1m_at_start": 0, "date": "d", "commit": "e",
-            },
-            "networks": {"BasicVSR": network},
-            "rows": [{**row, "size": [180, 320]}, {**row, "size": [88, 160]}],
-        }
-    )  # fmt: skip
+    result = peers_result({"BasicVSR": network}, [{**row, "size": [180, 320]}, {**row, "size": [88, 160]}])
+
+    measured, (papers, _) = peers_section(result), papers_sections({"peers": result})
 
     assert measured.table and papers.table
+    assert measured.plot and "BasicVSR, PyTorch, estimated" in measured.plot
     assert [cells[4] for cells in measured.table.rows] == ["320x180", "160x88 (smaller)"]
     assert measured.table.rows[0][5:7] == ("4500 (4000-5000)", "0.23 (0.20-0.25)")
     (line,) = papers.table.rows
     assert line[:6] == ("BasicVSR", "6.3 M", "6.29 M", "5400", "5820", "11640")
+
+
+MACHINE = {
+    "cpu": "c", "cores": 2, "vector_units": ["avx2"], "memory_gb": 1, "gpu": None, "system": "s",
+    "versions": {}, "load_1m_at_start": 0, "date": "2026-01-02 03:04 UTC", "commit": "e",
+}  # fmt: skip
+
+
+def peers_result(networks: dict[str, Any], rows: list[Any], name: str = "peers") -> dict[str, Any]:
+    return {
+        "kind": "peers", "name": name, "threads": 2, "size": [180, 320], "papers_size": [720, 1280],
+        "machine": MACHINE, "networks": networks, "rows": rows,
+    }  # fmt: skip
+
+
+def papers_lines(**results: Any) -> dict[str, tuple[str, ...]]:
+    """Line of the papers -> its cells from our milliseconds on."""
+    _, measured = papers_sections(results)
+    assert measured.table
+    return {row[0]: row[4:] for row in measured.table.rows}
+
+
+def peer(network: str, ms: float, size: list[int], runtime: str = "PyTorch") -> dict[str, Any]:
+    return {
+        "network": network, "runtime": runtime, "ms_per_frame": [ms], "size": size, "peak_memory_mb": 500.0
+    }  # fmt: skip
+
+
+def test_papers_lines_stand_beside_ours_and_scaled_ones_say_estimated() -> None:
+    counted = {"parameters": 1, "flops": 1.0, "flops_at_papers_size": 1.0}
+    peers = peers_result(
+        {"MST-GAN, pruned": counted, "EDVR-L": counted},
+        [peer("MST-GAN, pruned", 200.0, [180, 320]), peer("EDVR-L", 4000.0, [90, 160])],
+    )
+    rung = {
+        "key": "pruned-int8",
+        "name": "pruned, INT8",
+        "fps": 10.0,
+        "ms_per_frame": 100.0,
+        "peak_memory_mb": 9,
+    }
+    missing = {"key": "pruned-fp16", "name": "pruned, FP16", "fps": None, "why": "no GPU"}
+    ladder = {
+        "kind": "ladder",
+        "name": "ladder",
+        "machine": MACHINE,
+        "input_size": [180, 320],
+        "rows": [rung, missing],
+    }
+
+    lines = papers_lines(peers=peers, ladder=ladder)
+
+    place = "2 cores, AVX2, 2026-01-02"
+    assert lines["pruned 40 %"] == ("200", "5.00", "500", "PyTorch FP32", place)
+    assert lines["pruned, INT8, TensorRT"] == ("100", "10.00", "9", "pruned, INT8", place)
+    assert lines["pruned, FP16"] == ("-", "-", "-", "no GPU", "-")
+    assert lines["EDVR-L"] == ("16000 *estimated*", "0.06 *estimated*", "-", "PyTorch FP32", place)
+    assert lines["BasicVSR"] == ("-",) * 5
+
+
+def test_a_gpu_is_one_more_column() -> None:
+    counted = {"parameters": 1, "flops": 1.0, "flops_at_papers_size": 1.0}
+    here = peers_result({"EDVR-L": counted}, [peer("EDVR-L", 9000.0, [180, 320])])
+    there = peers_result({"EDVR-L": counted}, [peer("EDVR-L", 40.0, [180, 320], "PyTorch FP32")], "peers_gpu")
+    row = {"key": "pytorch-fp16-pruned", "size": [180, 320], "fps_rounds": [99.0, 100.0, 101.0]}
+    gpu = {
+        "kind": "gpu", "name": "gpu", "machine": {**MACHINE, "gpu": "a GPU"},
+        "rows": [{**row, "peak_gpu_memory_mb": 700.0}],
+    }  # fmt: skip
+
+    lines = papers_lines(peers=here, peers_gpu=there, gpu=gpu)
+
+    assert lines["pruned, FP16"][-2:] == ("10.00", "700")
+    assert lines["EDVR-L"] == (
+        "9000",
+        "0.11",
+        "500",
+        "PyTorch FP32",
+        "2 cores, AVX2, 2026-01-02",
+        "40",
+        "500",
+    )
+    assert lines["RSDN"][-2:] == ("-", "-")
+
+
+def test_a_network_that_fails_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_once(function: Any, name: str, runtime: str, *rest: Any) -> Any:
+        if runtime == timing.EAGER:
+            raise PerfError("too little memory")
+        return peer(name, 5.0, [16, 24], runtime)
+
+    monkeypatch.setattr("perf.peers.__main__.in_process", fail_once)
+
+    result = CliRunner().invoke(main, ["bicubic", "--size", "16", "24", "--out", str(tmp_path)])
+
+    assert result.exit_code == 1
+    assert "Error: 1 rows are missing: bicubic in PyTorch: too little memory" in result.output
+    (row,) = results.load(tmp_path / "peers.json")["rows"]
+    assert row["runtime"] == timing.ONNX
 
 
 def test_unknown_network_is_one_line() -> None:
@@ -286,4 +382,7 @@ def test_only_what_builds_or_scores_networks_imports_them() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "export"
     }
-    assert importing == {"peers/rows.py", "ladder/eager.py", "ladder/quality.py", "ladder/weights.py"}
+    assert importing == {
+        "gpu/plans.py", "gpu/roofline.py", "gpu/rows.py", "peers/rows.py", "ladder/eager.py",
+        "ladder/quality.py", "ladder/weights.py",
+    }  # fmt: skip

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +18,7 @@ from perf.errors import Command, PerfError
 from perf.machine import machine
 from perf.peers.rows import ROWS, count
 from perf.peers.timing import EAGER, ON_GPU, ONNX, measure
+from perf.process import in_process
 
 PAPERS_SIZE: Size = (720, 1280)  # of the papers' FLOPs
 
@@ -28,14 +28,16 @@ log = logging.getLogger(__name__)
 @click.command(cls=Command)
 @click.argument("names", nargs=-1)
 @click.option("--size", nargs=2, default=(180, 320), help="Lr height and width.")
-@click.option("--limit", default=20.0, help="Seconds for one network; what is slower gets a smaller frame.")
+@click.option("--limit", default=12.0, help="Seconds for one network; what is slower gets a smaller frame.")
 @click.option("--rounds", default=3, help="Runs of each network; the median counts.")
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
 def main(names: tuple[str, ...], size: Size, limit: float, rounds: int, out: Path) -> None:
     """Measure the networks NAMES, or all."""
     if unknown := set(names) - set(ROWS):
         raise PerfError(f"expected networks among {', '.join(ROWS)}; found {unknown.pop()!r}")
-    threads = len(os.sched_getaffinity(0))
+    started_s, threads = time.monotonic(), len(os.sched_getaffinity(0))
+    failed: list[str] = []
+    path: Path | None = None
     has_gpu = torch.cuda.is_available()
     result: dict[str, Any] = {
         "kind": "peers",
@@ -55,15 +57,22 @@ def main(names: tuple[str, ...], size: Size, limit: float, rounds: int, out: Pat
             "flops_at_papers_size": costs[PAPERS_SIZE].flops,
         }
         for runtime in ON_GPU if has_gpu else (EAGER, ONNX):
-            # A process of its own: peak memory is its alone.
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                row = pool.submit(measure, name, runtime, size, limit, rounds, threads).result()
+            try:
+                row = in_process(measure, name, runtime, size, limit, rounds, threads)
+            except PerfError as err:
+                failed.append(f"{name} in {runtime}: {err}")
+                log.info("%s", failed[-1])
+                continue
             result["rows"].append(row)
-            log.info(
-                "%-16s %-13s %9.1f ms/frame  %s", name, runtime, median(row["ms_per_frame"]), row["size"]
-            )
             path = results.write(out, result)
+            log.info(
+                "%-16s %-18s %9.1f ms/frame  %dx%d  %.1f min gone", name, runtime,
+                median(row["ms_per_frame"]), row["size"][1], row["size"][0],
+                (time.monotonic() - started_s) / 60,
+            )  # fmt: skip
     log.info("%s", path)
+    if failed:
+        raise PerfError(f"{len(failed)} rows are missing: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

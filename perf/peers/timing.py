@@ -25,20 +25,29 @@ ON_GPU = ("PyTorch FP32", "PyTorch TF32", "PyTorch FP16", "torch.compile FP16")
 Run = Callable[[], object]
 
 
-def measure(name: str, runtime: str, size: Size, limit_s: float, rounds: int, threads: int) -> dict[str, Any]:
-    """Time one network; where one run would take longer than ``limit_s``, on a smaller frame."""
+def measure(
+    name: str, runtime: str, size: Size, limit_s: float, rounds: int, threads: int, device: str = ""
+) -> dict[str, Any]:
+    """Time one network; where one run on a CPU would take longer than ``limit_s``, on a smaller frame.
+
+    ``device`` is PyTorch's name of one; by default a runtime ``ON_GPU`` has the GPU, another the CPU.
+    """
     row = ROWS[name]
+    device = device or ("cuda" if runtime in ON_GPU else "cpu")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # untrained recurrences fade into denormals, which no trained one does
     torch.manual_seed(0)
     network = row.build().eval()
     with torch.inference_mode():
-        probe_s = min(_seconds(run) for run in _runs(row, network, runtime, PROBE, threads, 2))
         measured = size
+        # On a GPU no row is too slow, and every size is compiled anew.
+        probe_s = 0.0
+        if device == "cpu":
+            probe_s = min(_seconds(run) for run in _runs(row, network, runtime, PROBE, threads, 2, device))
         while probe_s * _area(measured) / _area(PROBE) > limit_s and _area(measured) > _area(PROBE):
             measured = _half(measured)
         seconds: list[float] = []
-        for run in _runs(row, network, runtime, measured, threads, rounds + 1):
+        for run in _runs(row, network, runtime, measured, threads, rounds + 1, device):
             seconds.append(_seconds(run))
             if sum(seconds) > limit_s:
                 break
@@ -50,12 +59,12 @@ def measure(name: str, runtime: str, size: Size, limit_s: float, rounds: int, th
         "ms_per_frame": [1000 * second / row.answers for second in seconds],
         "frames_given": row.frames,
         "frames_answered": row.answers,
-        "peak_memory_mb": _peak_memory_mb(runtime),
+        "peak_memory_mb": _peak_memory_mb(device),
     }
 
 
 def _runs(
-    row: Row, network: torch.nn.Module, runtime: str, size: Size, threads: int, times: int
+    row: Row, network: torch.nn.Module, runtime: str, size: Size, threads: int, times: int, device: str
 ) -> Iterator[Run]:
     """The same run so many times; what it needs is prepared before the first."""
     inputs = row.inputs(clip.read_frames(row.frames, size))
@@ -65,14 +74,14 @@ def _runs(
         yield from [lambda: session.run(None, feeds)] * times
         return
     if runtime in ON_GPU:
-        network, inputs = network.cuda(), inputs.cuda()
+        network, inputs = network.to(device), inputs.to(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime != ON_GPU[0]
         if runtime == ON_GPU[3]:
             network = torch.compile(network)  # type: ignore[assignment]  # it is called the same way
     is_half = runtime.endswith("FP16")
 
     def run() -> None:
-        with torch.autocast("cuda", torch.float16) if is_half else nullcontext():
+        with torch.autocast(inputs.device.type, torch.float16) if is_half else nullcontext():
             network(inputs)
         if inputs.is_cuda:
             torch.cuda.synchronize()
@@ -101,9 +110,9 @@ def _seconds(run: Run) -> float:
     return time.perf_counter() - started
 
 
-def _peak_memory_mb(runtime: str) -> float:
+def _peak_memory_mb(device: str) -> float:
     """Of the GPU, or of this process with all its libraries."""
-    if runtime in ON_GPU:
+    if device != "cpu":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
