@@ -4,6 +4,7 @@ CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
 SERVE_ARGS ?=
 SWEEP ?=
 LADDER_ARGS ?=
+GPU_ARGS ?=
 BASE ?=
 EVALUATE_ARGS ?=
 
@@ -13,7 +14,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench ladder report evaluate clean
+.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench measure gpu ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,14 +67,19 @@ test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded 
 perf-tools: setup  ## Get a perf_analyzer that runs here (needs no root)
 	$(BIN)/python -m perf.tools
 
-sweep: $(MODELS) perf-tools  ## Measure the server with perf_analyzer  [SWEEP=name]
+sweep: $(MODELS) perf-tools  ## Measure the server with perf_analyzer  [SWEEP="names or options"]
 	$(BIN)/python -m perf.sweep $(SWEEP)
 
 peers: setup  ## Measure the papers' rivals beside ours, network by network
 	$(BIN)/python -m perf.peers
 
-bench: $(MODELS)  ## File-to-file throughput against bare ONNX Runtime
+bench: $(MODELS) perf-tools  ## File-to-file throughput against bare ONNX Runtime
 	$(BIN)/python -m perf.overhead
+
+measure: sweep bench peers report  ## These three and the report: 25 minutes on two quiet cores  (make -k: go on after a failure)
+
+gpu: $(MODELS) perf-tools  ## PyTorch and the served targets on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
+	$(BIN)/python -m perf.gpu $(GPU_ARGS)
 
 ladder: setup  ## Every rung from PyTorch FP32 to the fastest served, measured here  [LADDER_ARGS=...]
 	$(BIN)/python -m perf.ladder $(LADDER_ARGS)
