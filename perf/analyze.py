@@ -7,6 +7,7 @@ import logging
 import re
 import shlex
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,6 +19,7 @@ from perf.plan import TRANSPORTS, Point, Sweep
 from perf.tools import Analyzer
 
 WINDOWS = 3  # perf_analyzer's percentiles are over the last three; we let it end with these
+MAX_WINDOWS = 2 * WINDOWS  # more than three only where one stayed empty, as a slow open loop's may
 ANY_SPREAD_PERCENT = 1000  # it would throw away what is not stable; we keep it, and mark it
 WINDOW = re.compile(r"Pass \[\d+\] throughput: (\S+) infer/sec")
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -79,7 +81,7 @@ def arguments(sweep: Sweep, point: Point, target: Target, rate: float | None) ->
         "-m", target.model, "-i", "grpc", "-u", target.grpc_url, "-b", str(point.batch),
         f"--input-data={target.input_data}", *load, *shared,
         "--measurement-mode=count_windows", f"--measurement-request-count={requests}",
-        f"--stability-percentage={ANY_SPREAD_PERCENT}", f"--max-trials={WINDOWS}",
+        f"--stability-percentage={ANY_SPREAD_PERCENT}", f"--max-trials={MAX_WINDOWS}",
         f"--percentile={sweep.percentile}", "-v",
     ]  # fmt: skip
 
@@ -92,24 +94,27 @@ def warm_up(analyzer: Analyzer, target: Target, point: Point, timeout_s: int) ->
 
 
 def measure(
-    analyzer: Analyzer, sweep: Sweep, point: Point, target: Target, rate: float | None, csv_path: Path
+    analyzer: Analyzer, sweep: Sweep, point: Point, target: Target, rate: float | None
 ) -> Measurement:
     """Run perf_analyzer over three windows, however much they differ.
 
     Raises:
         PerfError: It failed.
     """
-    command = analyzer.command([*arguments(sweep, point, target, rate), "-f", str(csv_path)])
-    log.info("%s", shlex.join(command))
-    run = _run(command, sweep.timeout_s)
-    windows = tuple(map(float, WINDOW.findall(run.stdout)))
-    if run.returncode or not csv_path.is_file() or len(windows) < WINDOWS:
+    with tempfile.TemporaryDirectory() as folder:
+        csv_path = Path(folder) / "latency.csv"
+        command = analyzer.command([*arguments(sweep, point, target, rate), "-f", str(csv_path)])
+        log.info("%s", shlex.join(command))
+        run = _run(command, sweep.timeout_s)
+        table = csv_path.read_text() if csv_path.is_file() else ""
+    windows = tuple(map(float, WINDOW.findall(run.stdout)[-WINDOWS:]))
+    if run.returncode or not table or len(windows) < WINDOWS:
         lines = [line.strip() for line in (run.stderr + run.stdout).splitlines() if line.strip()]
         reason = next(
             (line for line in lines if re.search("error|fail|unable", line, re.IGNORECASE)), "no reason"
         )
         raise PerfError(f"perf_analyzer ended with status {run.returncode}: {reason}")
-    return _read(csv_path, run.stdout, windows, sweep.stability_percent)
+    return _read(table, run.stdout, windows, sweep.stability_percent)
 
 
 def _run(command: list[str], timeout_s: int) -> subprocess.CompletedProcess[str]:
@@ -121,10 +126,8 @@ def _run(command: list[str], timeout_s: int) -> subprocess.CompletedProcess[str]
         ) from err
 
 
-def _read(path: Path, output: str, windows: tuple[float, ...], stability_percent: int) -> Measurement:
-    with path.open(newline="") as lines:
-        row = next(csv.DictReader(lines))
-    path.unlink()
+def _read(table: str, output: str, windows: tuple[float, ...], stability_percent: int) -> Measurement:
+    row = next(csv.DictReader(table.splitlines()))
     requests = re.search(r"Request count: (\d+)", output)
     fps = mean(windows[1:])
     return Measurement(

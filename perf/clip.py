@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -67,4 +68,7 @@ def write_input_data(path: Path, name: str, inputs: Frames) -> None:
     data = [
         {name: {"b64": base64.b64encode(one.tobytes()).decode(), "shape": list(one.shape)}} for one in inputs
     ]
-    path.write_text(json.dumps({"data": data}))
+    # Whole or not at all: two runs may share a folder.
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({"data": data}))
+    part.replace(path)

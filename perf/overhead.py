@@ -116,7 +116,7 @@ def analyzed_fps(
     point = Point(Serving(), size, 1, in_flight(repository), "system")
     target = request_target(server, point, Contract.of(repository), WORK)
     warm_up(analyzer, target, point, sweep.timeout_s)
-    return measure(analyzer, sweep, point, target, None, WORK / "latency.csv").fps
+    return measure(analyzer, sweep, point, target, None).fps
 
 
 def write_clip(path: Path, frames: clip.Frames) -> None:

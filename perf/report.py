@@ -29,7 +29,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; marg
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.4rem }
 table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0 }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
-td { white-space: nowrap } td.long { white-space: normal }
+td { white-space: nowrap } td.long { white-space: normal } td.text { text-align: left }
 th:first-child, td:first-child { text-align: left }
 svg { max-width: 100%; height: auto }
 .table { overflow-x: auto } .source { color: #666; font-size: .75rem }
@@ -75,8 +75,9 @@ def page(parts: Sequence[Section]) -> str:
 
 
 def markdown_rows(table: Table) -> list[str]:
-    """Lines of a Markdown table; the first column is text, the others are figures."""
-    rule = ["---", *["---:"] * (len(table.headings) - 1)]
+    """Lines of a Markdown table; columns of figures stand at the right."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headings)
+    rule = ["---:" if index and all(map(_is_figure, cells)) else "---" for index, cells in enumerate(columns)]
     return [f"| {' | '.join(cells)} |" for cells in (table.headings, rule, *table.rows)]
 
 
@@ -87,7 +88,13 @@ def _html_table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    return f"<td{' class=long' if len(text) > LONG_CELL else ''}>{_inline(text)}</td>"
+    names = "long " * (len(text) > LONG_CELL) + "text" * (not _is_figure(text))
+    return f'<td class="{names.strip()}">{_inline(text)}</td>'
+
+
+def _is_figure(text: str) -> bool:
+    """Whether a cell holds a number, perhaps with marks, a unit or a spread, or stays empty."""
+    return not text or text == "-" or bool(re.match(r"[!~<>+ -]*\d", text))
 
 
 def _inline(text: str) -> str:

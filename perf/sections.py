@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import floor
 from typing import Any
 
 from perf import plots
@@ -15,9 +14,9 @@ from perf.peers.table import peers_section
 from perf.plan import sweep_names
 from perf.points import QUIET_CORES, Figure, Measured, described, measured, varying
 from perf.results import Result
+from perf.streams import streams_section
+from perf.summary import summary
 
-RATES_FPS = (24, 30)
-LOOK_AHEAD_FRAMES = 1  # the window's last frame must have come before its centre frame can be sent
 STAGES = ("flow_align", "generator", "pixel_shuffle")
 AXES = {"queue_delay_us": "queue delay, ms", "concurrency": "requests in flight"}
 SUFFIXES = ("_gpu", "_cuda", "_tensorrt", "_fp32", "_cpu")  # of a sweep's name, on other machines or targets
@@ -25,7 +24,7 @@ SUFFIXES = ("_gpu", "_cuda", "_tensorrt", "_fp32", "_cpu")  # of a sweep's name,
 
 def sections(results: dict[str, Result]) -> list[Section]:
     """Everything that these results allow to say."""
-    found = [_sources(results)]
+    found = [summary(results), _sources(results)]
     for result in sorted(results.values(), key=_order):
         match result["kind"]:
             case "sweep":
@@ -111,7 +110,7 @@ def _sweep(result: Result) -> list[Section]:
         )
     ]  # fmt: skip
     if "load" in keys:
-        found.append(_streams(result, points))
+        found.append(streams_section(result, points))
     if keys == ["batch", "concurrency"] or keys == ["concurrency"]:
         found.append(_stages(result, points))
     return found
@@ -147,39 +146,6 @@ def _plot(points: list[Measured], keys: list[str]) -> str:
         if key in keys and len({point.settings[key] for point in points}) > 2:
             return plots.lines_over(points, key, axis)
     return plots.bars({point.label(keys): point.fps for point in points}, "frames/s")
-
-
-def _streams(result: Result, points: list[Measured]) -> Section:
-    """Streams of a frame rate that the machine serves in time, from the sweep of random arrivals."""
-    offered = [point for point in points if point.rate]
-    others = [key for key in varying(offered) if key != "load"] or ["size"]
-    groups: dict[str, list[Measured]] = {}
-    for point in offered:
-        groups.setdefault(point.label(others), []).append(point)
-    rows = []
-    for label, members in groups.items():
-        for fps in RATES_FPS:
-            limit_ms = 1000 * (1 + LOOK_AHEAD_FRAMES) / fps
-            rate = max((plots.offered_fps(one) for one in members if _p95(one) <= limit_ms), default=0.0)
-            rows.append((label, str(fps), f"{limit_ms:.0f}", f"{rate:.1f}", str(floor(rate / fps))))
-    lowest = "; ".join(f"{label}: {min(map(_p95, members)):.0f} ms" for label, members in groups.items())
-    return Section(
-        f"{result['name']}_streams",
-        "How many streams in real time?",
-        (
-            "A stream is in time where 95 % of its frames come back within one frame time plus the "
-            f"look-ahead of its window, one frame more. The shortest p95 measured: {lowest}. Arrivals are "
-            "random, which is harder on a server than the even beat of a single stream.",
-        ),
-        Table(
-            ("input", "stream, frames/s", "p95 allowed, ms", "most frames/s in time", "streams"), rows
-        ),
-        source=source_of(result),
-    )  # fmt: skip
-
-
-def _p95(point: Measured) -> float:
-    return point.latency_ms["p95"].median
 
 
 def _stages(result: Result, points: list[Measured]) -> Section:

@@ -160,7 +160,7 @@ class Sweeper:
         session = None if isinstance(server, RunningServer) else server.process.pid
         before = counters.parse(server.metrics())
         watch = counters.NoiseWatch(session)
-        found = measure(self.bench.analyzer, self.sweep, point, target, rate, self.bench.work / "latency.csv")
+        found = measure(self.bench.analyzer, self.sweep, point, target, rate)
         others_cores = watch.others_cores()
         after = counters.parse(server.metrics())
         if rate is None:

@@ -68,7 +68,7 @@ def test_figures_are_read_and_unstable_ones_marked(tmp_path: Path, last: float, 
     analyzer = put_analyzer(tmp_path, passes(5.0, 20.0, last) + '\necho "    Request count: 33"')
     point = Point(Serving(), (180, 320), 1, 4, "grpc")
 
-    found = analyze.measure(analyzer, Sweep("one", "?"), point, TARGET, None, tmp_path / "out.csv")
+    found = analyze.measure(analyzer, Sweep("one", "?"), point, TARGET, None)
 
     assert found.is_stable is is_stable
     assert (found.fps, found.requests) == ((20.0 + last) / 2, 33)
@@ -80,13 +80,13 @@ def test_failure_and_silence_of_perf_analyzer(tmp_path: Path) -> None:
     point = Point(Serving(), (180, 320), 1, 4, "grpc")
     broken = put_analyzer(tmp_path, "echo 'usage'; echo 'error: no connection' >&2; exit 99")
     with pytest.raises(PerfError, match="status 99: error: no connection"):
-        analyze.measure(broken, Sweep("one", "?"), point, TARGET, None, tmp_path / "out.csv")
+        analyze.measure(broken, Sweep("one", "?"), point, TARGET, None)
     other = put_analyzer(tmp_path, passes(5.0, 20.0))
     with pytest.raises(PerfError, match="status 0: no reason"):
-        analyze.measure(other, Sweep("one", "?"), point, TARGET, None, tmp_path / "out.csv")
+        analyze.measure(other, Sweep("one", "?"), point, TARGET, None)
     silent = put_analyzer(tmp_path, "exec sleep 60")
     with pytest.raises(PerfError, match="did not end in 1 s"):
-        analyze.measure(silent, Sweep("one", "?", timeout_s=1), point, TARGET, None, tmp_path / "out.csv")
+        analyze.measure(silent, Sweep("one", "?", timeout_s=1), point, TARGET, None)
 
 
 def test_stages_between_two_looks_at_the_server() -> None:

@@ -46,7 +46,7 @@ def measure_served(
                 request = request_target(server, point, Contract.of(repository), WORK)
                 analyzer = find_analyzer()
                 warm_up(analyzer, request, point, sweep.timeout_s)
-                found = measure(analyzer, sweep, point, request, None, WORK / "latency.csv")
+                found = measure(analyzer, sweep, point, request, None)
         except ServerError as err:
             raise PerfError(one_line(err)) from err
     taken_mb = None if peak.gpu is None or before_mb is None else peak.gpu - before_mb

@@ -13,6 +13,7 @@ from perf.results import Result
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 NOTHING = "-"
+MIXED = "Lines of different machines do not compare: the last column says which is which."
 EAGER = "PyTorch"  # the runtime of the peers that stands beside the papers' times
 
 
@@ -64,6 +65,10 @@ def _measured(results: dict[str, Result], peers: list[Result], lines: list[dict[
         if gpu:
             row += _on_gpu(line, gpu[0], peers, size)
         rows.append(tuple(row))
+    # A GPU's column names its machine itself.
+    kinds = ("peers", "ladder")
+    here = [one for one in results.values() if one["kind"] in kinds and not one["machine"]["gpu"]]
+    machines = {machine_of(one) for one in here}
     headings = ["line of the papers", "papers: ms", "papers: frames/s", "papers: memory"]
     headings += ["here: ms a frame", "here: frames/s", "here: peak MB", "measured as", "on"]
     headings += ["GPU: ms a frame", "GPU: peak MB"] if gpu else []
@@ -75,6 +80,7 @@ def _measured(results: dict[str, Result], peers: list[Result], lines: list[dict[
             "line, of different inputs (above): they are not to be held against ours. Milliseconds are those "
             "that a frame takes at full load, not its latency. *Estimated*: measured on a smaller frame and "
             "scaled by the area.",
+            *([f"**{MIXED}**"] if len(machines) > 1 else []),
             *([f"GPU: {machine_of(gpu[0])}, {gpu[0]['machine']['date']}."] if gpu else []),
         ),
         Table(tuple(headings), rows),
