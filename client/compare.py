@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +39,14 @@ def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None
     """
     with Video(source) as lr, Video(Source(upscaled)) as hr:
         total = hr.frames_expected(Range())
-        picture = replace(hr.picture, display_matrix=None)
+        shown = upright(np.empty((*hr.picture.size, 0), np.uint8), hr.picture)
+        aspect = hr.picture.sample_aspect_ratio
+        if aspect and quarter_turns(hr.picture) % 2:
+            aspect = 1 / aspect
+        size = (shown.shape[0], shown.shape[1])
+        picture = replace(hr.picture, size=size, sample_aspect_ratio=aspect, display_matrix=None)
         pairs = (
-            (resized(before.image, picture.size), after.image)
+            (upright(resized(before.image, hr.picture.size), hr.picture), upright(after.image, hr.picture))
             for before, after in zip(lr.frames(wanted), hr.frames(Range()), strict=True)
         )
         try:
@@ -67,6 +73,17 @@ def sample_numbers(total: int) -> set[int]:
     return {(2 * n + 1) * max(total, 1) // (2 * SAMPLES) for n in range(SAMPLES)}
 
 
+def quarter_turns(picture: Picture) -> int:
+    """How often a player turns the picture by 90 degrees, counterclockwise."""
+    matrix = picture.display_matrix
+    return round(-math.atan2(matrix[1], matrix[0]) / (math.pi / 2)) if matrix else 0
+
+
+def upright(image: Image, picture: Picture) -> Image:
+    """Turn an image of a clip as a player does."""
+    return np.ascontiguousarray(np.rot90(image, quarter_turns(picture)))
+
+
 def resized(image: Image, size: Size) -> Image:
     """Interpolate an (H, W, 3) image to (height, width), bicubically."""
     frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -75,8 +92,8 @@ def resized(image: Image, size: Size) -> Image:
     return np.asarray(large, np.uint8)
 
 
-def detail(before: Image, after: Image) -> tuple[Image, Image]:
-    """The same square of both images, where they differ most, enlarged to the images' height."""
+def most_changed(before: Image, after: Image) -> tuple[slice, slice]:
+    """Rows and columns of the square where two images differ most."""
     height, width, _ = before.shape
     side = max(1, height // DETAIL_PART)
     rows, columns = height // side, width // side
@@ -84,8 +101,13 @@ def detail(before: Image, after: Image) -> tuple[Image, Image]:
     change = np.abs(before[whole].astype(np.int16) - after[whole])
     squares = change.reshape(rows, side, columns, side * 3).mean((1, 3))
     row, column = divmod(int(squares.argmax()), columns)
-    cut = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
-    zoom = height // side
+    return np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
+
+
+def detail(before: Image, after: Image) -> tuple[Image, Image]:
+    """The same square of both images, where they differ most, enlarged to the images' height."""
+    cut = most_changed(before, after)
+    zoom = before.shape[0] // before[cut].shape[0]
     return before[cut].repeat(zoom, 0).repeat(zoom, 1), after[cut].repeat(zoom, 0).repeat(zoom, 1)
 
 

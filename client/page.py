@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -14,9 +15,9 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorTrc
 from colour import BT470BG, Colour, frame_from_rgb
-from compare import resized, sample_numbers
+from compare import most_changed, resized, sample_numbers, upright
 from errors import UpscaleError
-from pipeline import Result
+from pipeline import Options, Result
 from scores import luma, psnr_db, ssim
 from source import Source
 from video import Range, Video
@@ -25,41 +26,69 @@ from windows import Image
 JFIF = Colour(BT470BG, True, ColorPrimaries.UNSPECIFIED, ColorTrc.UNSPECIFIED)
 JPEG_QUANTISER = 2  # of 31; the finest that every viewer takes
 
-BAR_PX = 300
-
 PAGE = Template(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>$title</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
-figure { --at: 50%; position: relative; margin: 1.5rem 0 }
-figure img { display: block; width: 100% }
-figure img + img { position: absolute; top: 0; left: 0; clip-path: inset(0 calc(100% - var(--at)) 0 0) }
-figure i { position: absolute; top: 0; bottom: 2rem; left: var(--at); border-left: 2px solid #fff }
-figure input { width: 100%; height: 2rem; margin: 0; display: block }
-table { border-collapse: collapse }
-td, th { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top }
-.bar { background: #36c; height: .8rem }
+:root { color-scheme: light dark; --ours: #2a8; --faint: #8884 }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 3rem auto; max-width: 1100px; padding: 0 1.25rem }
+h1 { margin: 0; font-size: 2rem; overflow-wrap: anywhere }
+h2 { margin: 3rem 0 1rem; font-size: 1.15rem }
+p, figcaption, th, .bars { color: color-mix(in srgb, currentColor 72%, transparent) }
+.slide { --at: 50%; position: relative; margin: 2.5rem 0 .75rem; border-radius: 10px; overflow: hidden }
+.slide img { display: block; width: 100% }
+.slide img + img { position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--at)) 0 0) }
+.slide i { position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; background: #fff }
+.slide i { margin-left: -1px; box-shadow: 0 0 4px #0008; pointer-events: none }
+.slide i::after { content: "\\2039\\2002\\203a"; position: absolute; top: 50%; left: 1px; color: #333 }
+.slide i::after { font: 600 18px/36px system-ui; width: 36px; text-align: center; border-radius: 50% }
+.slide i::after { background: #fff; transform: translate(-50%, -50%); box-shadow: 0 1px 5px #0006 }
+.slide b { position: absolute; bottom: 12px; padding: 1px 10px; border-radius: 99px; background: #000a }
+.slide b { color: #fff; font: 13px/1.7 system-ui; pointer-events: none }
+.slide b:nth-of-type(1) { left: 12px }
+.slide b:nth-of-type(2) { right: 12px }
+.slide input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0 }
+.slide input { opacity: 0; cursor: ew-resize }
+.slide:focus-within { outline: 3px solid var(--ours) }
+.details { display: flex; gap: .75rem }
+.details figure { margin: 0; flex: 1; max-width: 260px }
+.details img { display: block; width: 100%; image-rendering: pixelated; border-radius: 6px }
+figcaption { font-size: .85rem }
+table { border-collapse: collapse; width: 100% }
+th, td { padding: .35rem 1.5rem .35rem 0; text-align: left; vertical-align: top }
+th { font-weight: 400; width: 11rem }
+tr + tr > * { border-top: 1px solid var(--faint) }
+td { overflow-wrap: anywhere }
+.bar { height: .7rem; margin-top: .45rem; border-radius: 4px; background: var(--ours) }
 </style>
 <h1>$title</h1>
-<p>Left of the line bicubic interpolation, right of it the upscaled clip; drag to compare.</p>
+<p>$subtitle</p>
 $samples
 <h2>Result</h2><table>$facts</table>
-<h2>Time</h2><table>$stages</table>
+<h2>Where the time went</h2><table>$stages</table>
 <h2>Settings</h2><table>$settings</table>
 </html>
 """
 )
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One frame that stands for the clip."""
+
+    caption: str
+    versions: dict[str, Image]
+    """By name: bicubic, ours and, if it is known, the truth."""
+
+
 def write_page(
     target: Path,
     source: Source,
-    wanted: Range,
+    options: Options,
     upscaled: Path,
     result: Result,
-    settings: Mapping[str, object],
+    server: str,
     reference: Path | None,
 ) -> None:
     """Write the page.
@@ -67,16 +96,16 @@ def write_page(
     Args:
         target: The HTML file.
         source: The lr clip.
-        wanted: The part of it that was upscaled.
+        options: How it was upscaled.
         upscaled: The hr clip.
         result: What the run did.
-        settings: What to list as settings.
+        server: Which model did it, and where.
         reference: The truth, a clip as large and as long as the upscaled one, for PSNR and SSIM.
 
     Raises:
         UpscaleError: The reference does not fit, or the page cannot be written.
     """
-    samples, scores = _look(source, wanted, upscaled, reference, sample_numbers(result.frames))
+    samples, scores = _look(source, options.range, upscaled, reference, sample_numbers(result.frames))
     (lr_height, lr_width), (hr_height, hr_width) = result.lr_size, result.hr_size
     facts = {
         "Input": source.path,
@@ -89,16 +118,17 @@ def write_page(
     }
     longest = max(*result.stages_s.values(), 1e-9)
     stages = "".join(
-        f"<tr><th>{stage}<td>{busy_s:.1f} s"
-        f'<td><div class="bar" style="width:{BAR_PX * busy_s / longest:.0f}px"></div>'
+        f'<tr><th>{stage}<td style="width:5rem">{busy_s:.1f} s'
+        f'<td><div class="bar" style="width:{100 * busy_s / longest:.1f}%"></div>'
         for stage, busy_s in result.stages_s.items()
     )
     page = PAGE.substitute(
-        title=html.escape(f"{upscaled.name}: {hr_width} x {hr_height}"),
-        samples="".join(_figure(bicubic, ours) for bicubic, ours in samples),
+        title=html.escape(upscaled.name),
+        subtitle="Drag over a picture to compare. Below it, the detail that changed most.",
+        samples="".join(map(_figures, samples)),
         facts=_rows(facts),
         stages=stages,
-        settings=_rows(settings),
+        settings=_rows({"Model": server, **_settings(options)}),
     )
     try:
         target.write_text(page, encoding="utf-8")
@@ -108,9 +138,9 @@ def write_page(
 
 def _look(
     source: Source, wanted: Range, upscaled: Path, reference: Path | None, numbers: set[int]
-) -> tuple[list[tuple[Image, Image]], dict[str, str]]:
-    """Go through the clips once: the sample frames, bicubic and ours, and mean scores against the truth."""
-    samples, found = [], []
+) -> tuple[list[Sample], dict[str, str]]:
+    """Go through the clips once: the sample frames, and mean scores against the truth."""
+    samples, found, first = [], [], None
     with ExitStack() as files:
         lr = files.enter_context(Video(source))
         hr = files.enter_context(Video(Source(upscaled)))
@@ -123,21 +153,23 @@ def _look(
         truths = truth.frames(Range()) if truth else None
         pairs = zip(lr.frames(wanted), hr.frames(Range()), strict=True)
         for number, (before, after) in enumerate(pairs):
+            first = before.pts if first is None else first
             if number not in numbers and truths is None:
                 continue
-            bicubic = resized(before.image, hr.picture.size)
-            if number in numbers:
-                samples.append((bicubic, after.image))
+            versions = {"bicubic": resized(before.image, hr.picture.size), "ours": after.image}
             if truths is not None:
                 exact = next(truths, None)
                 if exact is None:
                     raise UpscaleError(
                         f"expected a reference as long as the clip, found {number} frames: {reference}"
                     )
-                planes = [luma(image) for image in (bicubic, after.image, exact.image)]
-                found.append(
-                    [measure(plane, planes[2]) for plane in planes[:2] for measure in (psnr_db, ssim)]
-                )
+                versions["truth"] = exact.image
+                bicubic, ours, real = map(luma, versions.values())
+                found.append([measure(p, real) for p in (bicubic, ours) for measure in (psnr_db, ssim)])
+            if number in numbers:
+                versions = {name: upright(image, hr.picture) for name, image in versions.items()}
+                at_s = float((before.pts - first) * lr.picture.time_base)
+                samples.append(Sample(f"frame {number + 1}, {at_s:.2f} s", versions))
     if not found:
         return samples, {}
     means = np.mean(found, axis=0)
@@ -147,12 +179,34 @@ def _look(
     }
 
 
-def _figure(bicubic: Image, ours: Image) -> str:
+def _figures(sample: Sample) -> str:
+    """The slider over a whole frame, and a row of details."""
     move = "this.parentNode.style.setProperty('--at', this.value + '%')"
-    return (
-        f'<figure><img alt="upscaled" src="{_data_url(ours)}"><img alt="bicubic" src="{_data_url(bicubic)}">'
-        f'<i></i><input type="range" value="50" aria-label="compare" oninput="{move}"></figure>'
+    bicubic, ours = sample.versions["bicubic"], sample.versions["ours"]
+    where = most_changed(bicubic, ours)
+    details = "".join(
+        f'<figure><img alt="" src="{_data_url(image[where])}"><figcaption>{name}</figcaption></figure>'
+        for name, image in sample.versions.items()
     )
+    height, width, _ = ours.shape
+    return (
+        f'<figure class="slide" style="max-width: calc(90vh * {width / height:.4f})"><img alt="upscaled" src="{_data_url(ours)}">'
+        f'<img alt="bicubic" src="{_data_url(bicubic)}"><i></i><b>bicubic</b><b>ours, {sample.caption}</b>'
+        f'<input type="range" value="50" step="any" aria-label="compare" oninput="{move}"></figure>'
+        f'<div class="details">{details}</div>'
+    )
+
+
+def _settings(options: Options) -> dict[str, str]:
+    encoding, part = options.encoding, options.range
+    limits = [f"from {float(part.start_s):g} s"] if part.start_s else []
+    limits += [f"for {float(part.duration_s):g} s"] if part.duration_s else []
+    limits += [f"at most {part.frames} frames"] if part.frames else []
+    return {
+        "Encoder": ", ".join([encoding.codec.encoder, encoding.pix_fmt, *map(" ".join, encoding.options)]),
+        "Part of the clip": ", ".join(limits) or "all",
+        "Scene threshold": f"{options.scene_threshold:g} grey levels",
+    }
 
 
 def _rows(facts: Mapping[str, object]) -> str:

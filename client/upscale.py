@@ -21,7 +21,7 @@ from errors import UpscaleError
 from images import writes_images
 from ladder import AUTO, TRANSPORTS
 from page import write_page
-from pipeline import Options, Result, identity_of, upscale
+from pipeline import Options, Result, upscale
 from report import ConsoleReport, JsonReport, Report
 from scenes import DEFAULT_THRESHOLD
 from security import Security
@@ -204,6 +204,9 @@ def main(
             raise UpscaleError(f"expected --report and an existing file for --reference, found {reference}")
         if compare:
             check_target(compare)
+        for extra in filter(None, (compare, report_page)):
+            if not extra.parent.is_dir():
+                raise UpscaleError(f"cannot write {extra}: expected a folder {extra.parent}; create it")
         is_batch = len(jobs) > 1 or jobs[0][0].path != Path(src)
         if not (is_batch or dry_run or overwrite) and jobs[0][1].exists():
             raise UpscaleError(f"{jobs[0][1]} exists: pass --overwrite to replace it")
@@ -237,8 +240,7 @@ def main(
                 result = run_one(*jobs[0], session, options, report)
                 source, out = jobs[0]
                 if report_page:
-                    settings = identity_of(source, session.contract, options) | {"server": url}
-                    write_page(report_page, source, options.range, out, result, settings, reference)
+                    write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
                 if compare:
                     compare_clips(jobs[0][0], options.range, jobs[0][1], compare)
     except UpscaleError as err:

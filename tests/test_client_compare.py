@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import av
 import numpy as np
 import pytest
 from client_fakes import FakeTriton, decoded, frame_times, nearest, pictures, run_client, write_clip
@@ -50,6 +51,25 @@ def test_a_video_split_in_the_middle(tmp_path, clip, triton):
         assert split[:, 95:97].min() > 230
 
 
+@pytest.mark.parametrize("name", ["compare.png", "compare.mp4"])
+def test_a_turned_clip_is_shown_as_players_show_it(tmp_path, clip, triton, name):
+    turned = tmp_path / "turned.mkv"
+    with av.open(clip) as source, av.open(turned, "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0], opaque=True)
+        stream.set_display_matrix((0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))  # clockwise
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    target = tmp_path / name
+    options = ("--url", triton.url, *LOSSLESS, "--compare", target)
+    assert run_client(turned, tmp_path / "out.mkv", *options).exit_code == 0
+    frame = decoded(target)[0]
+    lr = np.rot90(pictures(9)[1 if name.endswith("png") else 0], -1)
+    bicubic = resized(np.ascontiguousarray(lr), (192, 128)).astype(int)
+    assert np.abs(frame[:192, :60] - bicubic[:, :60]).mean() < 4
+
+
 def test_the_detail_is_where_the_images_differ():
     before = np.zeros((60, 90, 3), np.uint8)
     after = before.copy()
@@ -64,9 +84,9 @@ def test_what_cannot_be_compared(tmp_path, clip, triton):
     assert result.exit_code == 1
     assert "expected a .png, .mp4, .mkv or .mov for --compare, found" in result.output
     assert triton.requests == 0
-    result = run_client(
-        clip, tmp_path / "out.mkv", "--url", triton.url, "--compare", tmp_path / "no" / "c.png"
-    )
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    result = run_client(clip, tmp_path / "out.mkv", "--url", triton.url, "--compare", folder)
     assert result.exit_code == 1
     assert "cannot write the comparison" in result.output
     result = run_client(clip, "-", "--url", triton.url, "--compare", tmp_path / "c.png")

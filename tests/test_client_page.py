@@ -42,12 +42,28 @@ def page_of(clip, triton, *options):
 
 def test_a_page_that_needs_nothing_else(clip, triton):
     page = page_of(clip, triton)
-    assert page.count("<figure>") == 3
-    assert page.count("data:image/jpeg;base64,") == 6
+    assert page.count('<figure class="slide" ') == 3
+    assert page.count("data:image/jpeg;base64,") == 3 * (2 + 2)
+    assert "ours, frame 5, 0.16 s" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
-    for fact in ("48 x 32 to 192 x 128", "frames per second", "<th>Scene cuts<td>none", "<th>encode<td>"):
+    for fact in ("48 x 32 to 192 x 128", "frames per second", "<th>Scene cuts<td>none", "<th>encode<td "):
         assert fact in page
-    assert "scene threshold" in page and "ffv1" in page and "PSNR" not in page
+    assert f"<th>Model<td>mst_gan at {triton.url}" in page and "<th>Encoder<td>ffv1, bgr0, level 3" in page
+    assert "<th>Part of the clip<td>all" in page and "PSNR" not in page
+
+
+def test_the_part_is_told(clip, triton):
+    page = page_of(clip, triton, "--start", "0.08", "--duration", "0.2", "--max-frames", 4)
+    assert "<th>Part of the clip<td>from 0.08 s, for 0.2 s, at most 4 frames" in page
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_work(clip, triton, tmp_path):
+    for option, name in (("--report", "r.html"), ("--compare", "c.png")):
+        target = tmp_path / "none" / name
+        result = run_client(clip, tmp_path / "out.mkv", "--url", triton.url, option, target)
+        assert result.exit_code == 1
+        assert f"cannot write {target}: expected a folder {tmp_path}/none; create it" in result.output
+    assert triton.requests == 0
 
 
 def test_scores_against_the_truth(clip, triton, truth):
@@ -58,6 +74,7 @@ def test_scores_against_the_truth(clip, triton, truth):
     assert abs(ours - expected) < 0.006
     assert ours > bicubic
     assert re.search(r"SSIM of luma<td>0\.\d{4}, bicubic 0\.\d{4}", page)
+    assert page.count("<figcaption>truth</figcaption>") == 3
 
 
 def test_a_reference_that_does_not_fit(clip, triton, tmp_path):
