@@ -190,7 +190,8 @@ def _figures(sample: Sample) -> str:
     )
     height, width, _ = ours.shape
     return (
-        f'<figure class="slide" style="max-width: calc(90vh * {width / height:.4f})"><img alt="upscaled" src="{_data_url(ours)}">'
+        f'<figure class="slide" style="max-width: calc(90vh * {width / height:.4f})">'
+        f'<img alt="upscaled" src="{_data_url(ours)}">'
         f'<img alt="bicubic" src="{_data_url(bicubic)}"><i></i><b>bicubic</b><b>ours, {sample.caption}</b>'
         f'<input type="range" value="50" step="any" aria-label="compare" oninput="{move}"></figure>'
         f'<div class="details">{details}</div>'
