@@ -78,7 +78,7 @@ bench: $(MODELS) perf-tools  ## File-to-file throughput against bare ONNX Runtim
 
 measure: sweep bench peers report  ## These three and the report: 25 minutes on two quiet cores  (make -k: go on after a failure)
 
-gpu: $(MODELS) perf-tools  ## PyTorch and the served targets on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
+gpu: $(MODELS)  ## PyTorch and the served targets on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
 	$(BIN)/python -m perf.gpu $(GPU_ARGS)
 
 ladder: setup  ## Every rung from PyTorch FP32 to the fastest served, measured here  [LADDER_ARGS=...]

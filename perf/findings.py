@@ -33,8 +33,7 @@ def gains(points: list[Measured], keys: list[str], key: str) -> str:
     sentences = []
     for value in values[1:]:
         parts = [
-            f"{after.fps.median / before.fps.median - 1:+.0%}{' at ' * bool(place)}{place} "
-            f"({verdict(before.fps, after.fps)})"
+            f"{change(before.fps, after.fps)}{' at ' * bool(place)}{place} ({verdict(before.fps, after.fps)})"
             for (_, place), before in by_place.items()
             if before.settings[key] == values[0] and (after := by_place.get((value, place)))
         ]
@@ -44,6 +43,12 @@ def gains(points: list[Measured], keys: list[str], key: str) -> str:
                 f"{'; '.join(parts)}."
             )
     return " ".join(sentences)
+
+
+def change(before: Figure, after: Figure) -> str:
+    """In percent; none is +0."""
+    percent = round(100 * (after.median / before.median - 1))
+    return f"{percent:+d}%"
 
 
 def verdict(before: Figure, after: Figure) -> str:

@@ -41,6 +41,8 @@ def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
     canvas = Canvas(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
     panels = canvas.subplots(1, 4)
     unit = UNITS.get(key, 1)
+    # Evenly apart, whatever the steps between them: the shortest would not be told apart.
+    places = {value: place for place, value in enumerate(sorted({point.settings[key] for point in points}))}
     groups: dict[str, list[Measured]] = {}
     for point in points:
         groups.setdefault(point.label(others), []).append(point)
@@ -53,13 +55,11 @@ def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
     for panel, (title, figure_of) in zip(panels, quantities, strict=True):
         for colour, (label, members) in zip(COLOURS, groups.items(), strict=False):
             shown = [
-                (point.settings[key] / unit, figure) for point in members if (figure := figure_of(point))
+                (places[point.settings[key]], figure) for point in members if (figure := figure_of(point))
             ]
             _line(panel, [x for x, _ in shown], [figure for _, figure in shown], label, colour)
-        panel.set(
-            title=title, ylim=(0, None), xticks=sorted({point.settings[key] / unit for point in points})
-        )
-        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set(title=title, ylim=(0, None))
+        panel.set_xticks(list(places.values()), [f"{value / unit:g}" for value in places])
     canvas.supxlabel(axis, fontsize="medium")
     if others:
         handles, labels = panels[0].get_legend_handles_labels()
@@ -67,8 +67,11 @@ def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
     return _svg(canvas)
 
 
-def percentiles_over_rate(points: Sequence[Measured]) -> str:
-    """Latency percentiles over the offered load; a panel for each combination of the other settings."""
+def percentiles_over_rate(points: Sequence[Measured], in_time_ms: Mapping[int, float]) -> str:
+    """Latency percentiles over the offered load; a panel for each combination of the other settings.
+
+    ``in_time_ms``: frames/s of a stream -> the latency at which its frames are still in time.
+    """
     offered = [point for point in points if point.rate]
     others = [name for name in varying(offered) if name != "load"] or ["size"]
     groups: dict[str, list[Measured]] = {}
@@ -81,6 +84,10 @@ def percentiles_over_rate(points: Sequence[Measured]) -> str:
             figures = [point.latency_ms[name] for point in members]
             _line(panel, [offered_fps(point) for point in members], figures, name, colour)
         panel.set(title=label, xlabel="frames/s offered, Poisson", ylim=(0, None), xlim=(0, None))
+        for (fps, allowed_ms), side in zip(in_time_ms.items(), ("bottom", "top"), strict=True):
+            if allowed_ms < panel.get_ylim()[1]:
+                panel.axhline(allowed_ms, color=COLOURS[-1], lw=0.8, ls=":")
+                panel.text(0, allowed_ms, f" in time at {fps} fps", va=side, fontsize=7, color=COLOURS[-1])
     panels[0].set_ylabel("latency, ms")
     panels[0].legend()
     return _svg(canvas)

@@ -19,6 +19,7 @@ SETTINGS = (
     "transport",
     "load",
 )
+PRECISIONS = {"cpu": "INT8", "fp32": "FP32", "cuda": "FP16", "tensorrt": "plans"}  # of targets
 AS_COMMITTED = "as committed"
 GENERATOR = "generator"
 FUSED = "fused"
@@ -103,7 +104,9 @@ def described(key: str, value: Any) -> str:
             return f"{value:.0%} of saturation"
         case "transport":
             return {"grpc": "gRPC", "system": "shared memory", "cuda": "CUDA shared memory"}[value]
-        case "target" | "form":
+        case "target":
+            return f"{PRECISIONS[value]} ({value})" if value in PRECISIONS else str(value)
+        case "form":
             return str(value)
     return f"{key} {value}"
 

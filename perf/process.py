@@ -39,5 +39,7 @@ def in_process(function: Callable[..., Any], *arguments: object, timeout_s: floa
 def _call(connection: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     try:
         connection.send((function(*arguments), ""))
+    except PerfError as err:
+        connection.send((None, str(err)))
     except Exception as err:  # whatever goes wrong is this function's result
         connection.send((None, f"{type(err).__name__}: {one_line(err)}"))

@@ -36,6 +36,7 @@ svg { max-width: 100%; height: auto }
 nav a { display: block }
 """
 
+FIGURE = re.compile(r"[!~<>+ -]*[\d.]+( ?(%|x|M|MB|GB)| \([\d.-]+\)| \*estimated\*| at 270p)?")
 LONG_CELL = 30  # characters; such a cell breaks its lines
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _cell(text: str) -> str:
 
 def _is_figure(text: str) -> bool:
     """Whether a cell holds a number, perhaps with marks, a unit or a spread, or stays empty."""
-    return not text or text == "-" or bool(re.match(r"[!~<>+ -]*\d", text))
+    return text in ("", "-") or bool(FIGURE.fullmatch(text))
 
 
 def _inline(text: str) -> str:

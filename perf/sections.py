@@ -14,7 +14,7 @@ from perf.peers.table import peers_section
 from perf.plan import sweep_names
 from perf.points import QUIET_CORES, Figure, Measured, described, measured, varying
 from perf.results import Result
-from perf.streams import streams_section
+from perf.streams import RATES_FPS, allowed_ms, streams_section
 from perf.summary import summary
 
 STAGES = ("flow_align", "generator", "pixel_shuffle")
@@ -141,7 +141,7 @@ def _sweep_table(points: list[Measured], keys: list[str]) -> Table:
 
 def _plot(points: list[Measured], keys: list[str]) -> str:
     if "load" in keys:
-        return plots.percentiles_over_rate(points)
+        return plots.percentiles_over_rate(points, {fps: allowed_ms(fps) for fps in RATES_FPS})
     for key, axis in AXES.items():
         if key in keys and len({point.settings[key] for point in points}) > 2:
             return plots.lines_over(points, key, axis)

@@ -32,6 +32,7 @@ def summary(results: dict[str, Result]) -> Section:
         (
             "Each line is of one file of results; the next table says of which machine and day that is. "
             f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile.",
+            *([] if "gpu" in results else ["No GPU has been measured yet; `make gpu` on one adds its part."]),
         ),
         Table(("what", "answer", "results"), rows),
     )
@@ -82,8 +83,7 @@ def _split(result: Result) -> list[Answer]:
     points = measured(result)
     forms = {form: [one for one in points if one.settings["form"] == form] for form in ("ensemble", "fused")}
     for split, fused in zip(forms["ensemble"], forms["fused"], strict=False):
-        gain = split.fps.median / fused.fps.median - 1
-        words = f"{gain:+.0%} frames/s ({findings.verdict(fused.fps, split.fps)})"
+        words = f"{findings.change(fused.fps, split.fps)} frames/s ({findings.verdict(fused.fps, split.fps)})"
         answers.append((f"three stages against one fused model, {_place(split)}", words))
     return answers
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from export import spec
 from export.network import MstGan, count
-from perf import report, results
+from perf import report, results, tools
 from perf.errors import PerfError
 from perf.gpu import __main__ as command
 from perf.gpu import plans, roofline, served
@@ -96,6 +96,23 @@ def test_plans_of_an_installed_library_are_found(tmp_path: Path, monkeypatch: py
 def test_a_target_that_is_not_built_says_so(toy_repository: Path) -> None:
     with pytest.raises(PerfError, match=r"model.plan, found no such file: run `make export` for this target"):
         served.measure_served("tensorrt", (16, 16), 1, 5.0, toy_repository)
+
+
+@pytest.mark.server
+def test_what_is_served_is_measured_by_perf_analyzer(toy_repository: Path) -> None:
+    try:
+        tools.find_analyzer()
+    except PerfError as err:
+        if os.environ.get("REQUIRE_PERF"):
+            raise
+        pytest.skip(str(err))
+
+    # A target that no model has a configuration for is served as config.pbtxt says.
+    fps, memory_mb = served.measure_served("default", (32, 48), 2, 60.0, toy_repository, frames=4)
+
+    assert len(fps) == 2
+    assert min(fps) > 0
+    assert memory_mb is None or memory_mb >= 0
 
 
 def test_a_row_that_fails_or_comes_too_late_says_why() -> None:

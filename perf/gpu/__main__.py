@@ -17,7 +17,7 @@ from perf.clip import Size
 from perf.errors import Command, PerfError, one_line
 from perf.gpu.roofline import least_seconds, measure_ceilings, our_layers
 from perf.gpu.rows import NETWORKS, Row, rows
-from perf.machine import machine
+from perf.machine import ROOT, machine
 from perf.process import in_process
 
 SIZES: tuple[Size, ...] = ((180, 320), (720, 1280))
@@ -43,7 +43,7 @@ def measured_row(row: Row, size: Size, device: str, ceilings: dict[str, float], 
     try:
         fps, peak_mb = row.how(size, device, left_s)
     except PerfError as err:
-        return {**found, "why": one_line(err)}
+        return {**found, "why": one_line(err).replace(f"{ROOT}/", "")}
     return {**found, "fps_rounds": [round(one, 2) for one in fps], "peak_gpu_memory_mb": peak_mb}
 
 
@@ -54,7 +54,11 @@ def measured_row(row: Row, size: Size, device: str, ceilings: dict[str, float], 
 @click.option("--only", multiple=True, help="Keys of rows; by default all.")
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
 def main(minutes: float, device: str, sizes: tuple[Size, ...], only: tuple[str, ...], out: Path) -> None:
-    """Measure PyTorch, the targets cuda and tensorrt, and plans, at each size."""
+    """Measure PyTorch, the targets cuda and tensorrt, and plans, at each size.
+
+    What is not built is left out and says so: `make export TARGET=cuda` and `TARGET=tensorrt` build the
+    targets, `python -m export plans` the plans.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     deadline_s = time.monotonic() + 60 * minutes
     known = {row.key: row for row in rows()}

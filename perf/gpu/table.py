@@ -32,7 +32,7 @@ def _section(result: Result, rows: list[dict[str, Any]]) -> Section:
             f"Ceilings measured on this device, by a large product and a large copy: {ceilings}. The "
             "roofline is the least time in which these allow the network's convolutions, one after the "
             "other, each reading and writing its tensors once, in the row's precision; all else counts as "
-            "free, so no implementation passes it.",
+            "free. Only what multiplies less, as Winograd's convolutions do, could pass it.",
             "PyTorch and plans run one window at a time, frames already on the GPU; served rows take batches "
             "through shared memory, with two requests in flight for each instance. Medians; in brackets the "
             "least and the most of the rounds. Peak memory is PyTorch's allocator's for PyTorch, else what "

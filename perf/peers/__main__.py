@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 @click.command(cls=Command)
 @click.argument("names", nargs=-1)
 @click.option("--size", nargs=2, default=(180, 320), help="Lr height and width.")
-@click.option("--limit", default=12.0, help="Seconds for one network; what is slower gets a smaller frame.")
+@click.option("--limit", default=10.0, help="Seconds for one network; what is slower gets a smaller frame.")
 @click.option("--rounds", default=3, help="Runs of each network; the median counts.")
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
 def main(names: tuple[str, ...], size: Size, limit: float, rounds: int, out: Path) -> None:
