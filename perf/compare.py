@@ -11,11 +11,11 @@ OTHER_MACHINE = "**Another machine**: the change is that of the machine as well.
 
 
 def comparison(base: dict[str, Result], now: dict[str, Result]) -> list[Section]:
-    """One section for each result that both runs have."""
+    """One section for each result that both runs have figures of."""
     return [
         _compare(base[name], now[name])
         for name in now
-        if name in base and base[name]["kind"] == now[name]["kind"] and _figures(now[name])
+        if name in base and set(_figures(base[name])) & set(_figures(now[name]))
     ]
 
 

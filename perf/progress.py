@@ -15,7 +15,7 @@ START_FRAMES = 20  # one start of perf_analyzer takes about as long as so many f
 def weight(sweep: Sweep, point: Point) -> float:
     """Work of one point, in frames of 320x180."""
     height, width = point.size
-    frames = max(sweep.frames, point.batch * point.concurrency)
+    frames = max(sweep.frames, point.batch * point.concurrency) / (point.load or 1)
     return START_FRAMES + WINDOWS * frames * height * width / AREA
 
 

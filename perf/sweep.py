@@ -260,11 +260,11 @@ def main(
         try:
             log.info("%s", Sweeper(sweep, bench, progress).run())
         except PerfError as err:
-            failed.append(str(err))
+            failed.append(sweep.name)
             click.echo(f"Error: {err}", err=True)
             progress.total -= total_weight([sweep]) - (progress.done - done)  # what it leaves out
     if failed:
-        raise PerfError(f"{len(failed)} of {len(sweeps)} sweeps did not end: {failed[0]}")
+        raise PerfError(f"{len(failed)} of {len(sweeps)} sweeps did not end: {', '.join(failed)}; see above")
 
 
 if __name__ == "__main__":

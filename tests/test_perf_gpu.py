@@ -159,7 +159,12 @@ def test_unknown_row_is_one_line() -> None:
 def gpu_result() -> dict[str, Any]:
     machine = results.load(Path(__file__).parent / "perf_results/load.json")["machine"]
     row = {"key": "k", "name": "PyTorch FP16, pruned", "network": "pruned", "precision": "FP16", "batch": 1}
-    done = {"fps_rounds": [49.0, 50.0, 51.0], "bound_fps": 200.0, "flops_per_frame": 36e9}
+    done = {
+        "fps_rounds": [49.0, 50.0, 51.0],
+        "bound_fps": 200.0,
+        "flops_per_frame": 36e9,
+        "bytes_per_frame": 3e8,
+    }
     empty = {"fps_rounds": [], "bound_fps": None, "peak_gpu_memory_mb": None, "why": "no plans"}
     return {
         "kind": "gpu", "name": "gpu", "machine": {**machine, "gpu": "Test GPU"}, "device": "cuda",
@@ -177,9 +182,9 @@ def test_the_report_shows_each_size_the_distance_and_the_reason(tmp_path: Path) 
 
     assert small.table and large.table and small.plot
     assert small.table.rows[0] == (
-        "PyTorch FP16, pruned", "FP16", "36", "20.00", "50.0 (49.0-51.0)", "200.0", "25%", "600"
+        "PyTorch FP16, pruned", "FP16", "36.0", "300", "20.00", "50.0 (49.0-51.0)", "200.0", "25%", "600"
     )  # fmt: skip
-    assert small.table.rows[1][3:] == ("-",) * 5
+    assert small.table.rows[1][2:] == ("-",) * 7
     assert "plans INT8: not measured, no plans." in small.text
     assert "FP16 500.00 TFLOP/s, copy 2.00 TB/s" in small.text[0]
     assert "1280x720" in large.title

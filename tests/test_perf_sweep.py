@@ -138,7 +138,8 @@ def test_a_sweep_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPa
 
     assert run == ["sizes", "load"]
     assert result.exit_code == 1
-    assert "Error: 1 of 2 sweeps did not end: the server ended" in result.output
+    assert "Error: the server ended\n" in result.output
+    assert "Error: 1 of 2 sweeps did not end: sizes; see above\n" in result.output
 
 
 def test_progress_estimates_the_rest() -> None:

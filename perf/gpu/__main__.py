@@ -15,7 +15,7 @@ import torch
 from perf import results
 from perf.clip import Size
 from perf.errors import Command, PerfError, one_line
-from perf.gpu.roofline import least_seconds, measure_ceilings, our_layers
+from perf.gpu.roofline import PRECISIONS, least_seconds, measure_ceilings, our_layers
 from perf.gpu.rows import NETWORKS, Row, rows
 from perf.machine import ROOT, machine
 from perf.process import in_process
@@ -37,6 +37,8 @@ def measured_row(row: Row, size: Size, device: str, ceilings: dict[str, float], 
     if row.precision in ceilings:
         layers = our_layers(NETWORKS[row.network][1], size, row.batch)
         found["flops_per_frame"] = sum(layer.flops for layer in layers) / row.batch
+        elements = sum(layer.elements for layer in layers) / row.batch
+        found["bytes_per_frame"] = elements * PRECISIONS[row.precision]
         found["bound_fps"] = round(row.batch / least_seconds(layers, row.precision, ceilings), 2)
     if left_s < LEAST_S:
         return {**found, "why": "the time of this run was over"}

@@ -32,7 +32,8 @@ def _section(result: Result, rows: list[dict[str, Any]]) -> Section:
             f"Ceilings measured on this device, by a large product and a large copy: {ceilings}. The "
             "roofline is the least time in which these allow the network's convolutions, one after the "
             "other, each reading and writing its tensors once, in the row's precision; all else counts as "
-            "free. Only what multiplies less, as Winograd's convolutions do, could pass it.",
+            "free (*MB a frame* are those bytes). Only what multiplies less, as Winograd's convolutions do, "
+            "could pass it.",
             "PyTorch and plans run one window at a time, frames already on the GPU; served rows take batches "
             "through shared memory, with two requests in flight for each instance. Medians; in brackets the "
             "least and the most of the rounds. Peak memory is PyTorch's allocator's for PyTorch, else what "
@@ -40,8 +41,8 @@ def _section(result: Result, rows: list[dict[str, Any]]) -> Section:
             *(f"{row['name']}: not measured, {row['why']}." for row in rows if "why" in row),
         ),
         Table(
-            ("row", "held against", "GFLOPs a frame", "ms a frame", "frames/s", "roofline, frames/s",
-             "reached", "peak GPU MB"),
+            ("row", "held against", "GFLOPs a frame", "MB a frame", "ms a frame", "frames/s",
+             "roofline, frames/s", "reached", "peak GPU MB"),
             [_cells(row) for row in rows],
         ),
         plots.bars(figures, "frames/s") if figures else None,
@@ -50,21 +51,16 @@ def _section(result: Result, rows: list[dict[str, Any]]) -> Section:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    flops = f"{row['flops_per_frame'] / 1e9:.0f}" if "flops_per_frame" in row else NOTHING
-    bound = row["bound_fps"]
-    if not row["fps_rounds"]:
-        return (
-            row["name"], row["precision"], flops, NOTHING, NOTHING, f"{bound:.1f}" if bound else NOTHING,
-            NOTHING, NOTHING,
-        )  # fmt: skip
-    fps = Figure(tuple(row["fps_rounds"]))
+    bound, memory_mb = row["bound_fps"], row["peak_gpu_memory_mb"]
+    fps = Figure(tuple(row["fps_rounds"])) if row["fps_rounds"] else None
     return (
         row["name"],
         row["precision"],
-        flops,
-        f"{1000 / fps.median:.2f}",
-        fps.text(),
+        f"{row['flops_per_frame'] / 1e9:.1f}" if bound else NOTHING,
+        f"{row['bytes_per_frame'] / 1e6:.0f}" if bound else NOTHING,
+        f"{1000 / fps.median:.2f}" if fps else NOTHING,
+        fps.text() if fps else NOTHING,
         f"{bound:.1f}" if bound else NOTHING,
-        f"{fps.median / bound:.0%}" if bound else NOTHING,
-        NOTHING if row["peak_gpu_memory_mb"] is None else f"{row['peak_gpu_memory_mb']:.0f}",
+        f"{fps.median / bound:.0%}" if fps and bound else NOTHING,
+        NOTHING if memory_mb is None else f"{memory_mb:.0f}",
     )
