@@ -20,6 +20,7 @@ matplotlib.rcParams.update(
         "svg.fonttype": "none",  # text stays text: small files that can be searched
         "svg.hashsalt": "mst-gan",  # the same data gives the same file
         "font.size": 9,
+        "font.sans-serif": ["DejaVu Sans", "Verdana"],  # named in every label of an SVG
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -182,4 +183,5 @@ def _svg(canvas: Canvas) -> str:
     text = buffer.getvalue()
     # One decimal of a point is finer than any screen.
     text = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), text)
+    text = re.sub(r"\n(?=[LCQz\"])", " ", text)  # a path on one line
     return text[text.index("<svg") :]
