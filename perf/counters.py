@@ -17,6 +17,8 @@ TIMES = {
     "output_ms": "compute_output_duration_us",
 }
 
+NO_SESSION = -1  # only this process and its children are ours
+
 Counters = dict[tuple[str, str], float]
 
 

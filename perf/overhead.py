@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from deploy.embedded.server import ServerError, TritonServer
 from perf import clip, results
 from perf.analyze import measure, warm_up
+from perf.counters import NO_SESSION, NoiseWatch
 from perf.errors import Command, PerfError, one_line
 from perf.machine import gpu, machine
 from perf.plan import Point, Sweep
@@ -148,15 +149,27 @@ def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out:
         windows = clip.windows(lr, Contract.of(repository).window)
         fps: dict[str, list[float]] = {}
         client: dict[str, Any] = {}
+        others_cores: dict[str, float] = {}
+
+        def note(name: str, watch: NoiseWatch) -> None:
+            """The most of the rounds."""
+            others_cores[name] = max(others_cores.get(name, 0.0), watch.others_cores() or 0.0)
+
         for _ in range(rounds):
             for batch, streams in ((1, 1), (4, 1), (4, 2)):
                 name = f"bare, batch {batch}, {streams} stream{'s' * (streams > 1)}"
+                watch = NoiseWatch(NO_SESSION)
                 fps.setdefault(name, []).append(bare_fps(repository, windows, batch, streams, cores))
+                note(name, watch)
                 log.info("%-30s %.2f fps", name, fps[name][-1])
             try:
                 with TritonServer(repository, folder / "triton.log") as server:
+                    watch = NoiseWatch(server.process.pid)
                     analyzed = analyzed_fps(analyzer, server, repository, size, frames // 2)
+                    note(ANALYZED, watch)
+                    watch = NoiseWatch(server.process.pid)
                     client = served(server, folder / "lr.mp4", folder)
+                    note(SERVED, watch)
             except ServerError as err:
                 raise PerfError(one_line(err)) from err
             for name, value in ((ANALYZED, analyzed), (SERVED, client["fps"])):
@@ -172,6 +185,7 @@ def main(size: tuple[int, int], frames: int, rounds: int, repository: Path, out:
         "frames": len(lr),
         "encoder": "H.264, the client's default",
         "fps": fps,
+        "others_cores": others_cores,
         "best_bare": best,
         "served_over_best_bare": median(fps[SERVED]) / bare[best],
         "served_over_analyzed": median(fps[SERVED]) / median(fps[ANALYZED]),

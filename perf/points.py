@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -24,6 +25,17 @@ AS_COMMITTED = "as committed"
 GENERATOR = "generator"
 FUSED = "fused"
 QUIET_CORES = 0.15  # what a system does by itself
+
+
+def disturbed_note(others_cores: Sequence[float], what: str) -> list[str]:
+    """What the mark means, where it is needed."""
+    disturbed = sum(cores > QUIET_CORES for cores in others_cores)
+    if not disturbed:
+        return []
+    return [
+        f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile, "
+        f"at {disturbed} of {len(others_cores)} {what}."
+    ]
 
 
 @dataclass(frozen=True)

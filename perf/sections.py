@@ -12,7 +12,7 @@ from perf.ladder.table import ladder_sections
 from perf.peers.papers import papers_sections
 from perf.peers.table import peers_section
 from perf.plan import sweep_names
-from perf.points import QUIET_CORES, Figure, Measured, described, measured, varying
+from perf.points import QUIET_CORES, Figure, Measured, described, disturbed_note, measured, varying
 from perf.results import Result
 from perf.streams import RATES_FPS, allowed_ms, streams_section
 from perf.summary import summary
@@ -95,11 +95,7 @@ def _sweep(result: Result) -> list[Section]:
             "`~`: the windows of a round lie further from their mean than the sweep allows, "
             f"at {sum(not point.is_stable for point in points)} of {len(points)} points."
         )
-    if disturbed := [point for point in points if point.others_cores > QUIET_CORES]:
-        text.append(
-            f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile, "
-            f"at {len(disturbed)} of {len(points)} points."
-        )
+    text += disturbed_note([point.others_cores for point in points], "points")
     text += findings(points, keys, result.get("committed", {}))
     if result["stopped"]:
         text.append(f"**Not complete**: {result['stopped']}.")
@@ -181,7 +177,9 @@ def _overhead(result: Result) -> Section:
     stages: dict[str, Any] = result["client_stages_s"]
     slowest = max(stages, key=lambda stage: stages[stage])
     busy = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
-    share = result.get("served_over_analyzed")  # older runs have none
+    # Older runs have neither.
+    others: dict[str, float] = result.get("others_cores", {})
+    share = result.get("served_over_analyzed")
     analyzed = f"**{share:.0%}** of what perf_analyzer gets, " if share else ""
     return Section(
         result["name"],
@@ -193,8 +191,15 @@ def _overhead(result: Result) -> Section:
             f"Decoded, served and encoded: {analyzed}**{result['served_over_best_bare']:.0%}** of the best "
             f"bare loop ({result['best_bare']}). The bottleneck is **{slowest}**: the client's stages were "
             f"at work for {busy}.",
+            *disturbed_note([others.get(name, 0.0) for name in figures], "sides"),
         ),
-        Table(("side", "frames/s"), [(name, figure.text(2)) for name, figure in figures.items()]),
+        Table(
+            ("side", "frames/s"),
+            [
+                (name, "!" * (others.get(name, 0.0) > QUIET_CORES) + figure.text(2))
+                for name, figure in figures.items()
+            ],
+        ),
         plots.bars(figures, "frames/s"),
         source_of(result),
     )

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from perf import results
 from perf.errors import PerfError
 from perf.peers import layers, timing
-from perf.peers.__main__ import main
+from perf.peers.__main__ import main, runtimes
 from perf.peers.basicvsr import BasicVsr, SpyNet
 from perf.peers.deform_conv import deform_conv
 from perf.peers.edvr import edvr_l
@@ -241,13 +241,16 @@ def test_tables_mark_smaller_rows_and_print_the_papers_units(tmp_path: Path) -> 
         "ms_per_frame": [4000.0, 5000.0],
         "peak_memory_mb": 900.4,
     }
-    result = peers_result({"BasicVSR": network}, [{**row, "size": [180, 320]}, {**row, "size": [88, 160]}])
+    rows = [{**row, "size": [180, 320]}, {**row, "size": [88, 160], "others_cores": 0.5}]
+    result = peers_result({"BasicVSR": network}, rows)
 
     measured, (papers, _) = peers_section(result), papers_sections({"peers": result})
 
     assert measured.table and papers.table
     assert measured.plot and "BasicVSR, PyTorch, estimated" in measured.plot
     assert [cells[4] for cells in measured.table.rows] == ["320x180", "160x88 (smaller)"]
+    assert measured.table.rows[1][5] == "!4500 (4000-5000)"
+    assert "at 1 of 2 rows" in measured.text[-1]
     assert measured.table.rows[0][5:7] == ("4500 (4000-5000)", "0.23 (0.20-0.25)")
     (line,) = papers.table.rows
     assert line[:6] == ("BasicVSR", "6.3 M", "6.29 M", "5400", "5820", "11640")
@@ -372,6 +375,13 @@ def test_results_of_a_run(tmp_path: Path) -> None:
         ("bicubic", "ONNX Runtime", [16, 24]),
     ]
     assert all(len(row["ms_per_frame"]) == 2 and row["peak_memory_mb"] > 10 for row in result["rows"])
+    assert all(row["others_cores"] >= 0 for row in result["rows"])
+
+
+def test_on_a_gpu_only_ours_is_compiled() -> None:
+    assert runtimes("MST-GAN, pruned", has_gpu=True) == timing.ON_GPU
+    assert runtimes("BasicVSR", has_gpu=True) == timing.ON_GPU[:3]
+    assert runtimes("BasicVSR", has_gpu=False) == (timing.EAGER, timing.ONNX)
 
 
 def test_only_what_builds_or_scores_networks_imports_them() -> None:

@@ -153,6 +153,28 @@ def test_points_on_a_busy_machine_are_marked(drawn: Path) -> None:
     assert "at 1 of 2 points" in text
 
 
+def test_file_to_file_names_the_bottleneck_and_who_disturbed(tmp_path: Path) -> None:
+    machine = results.load(SAMPLES / "load.json")["machine"]
+    sides = {"bare, batch 1, 1 stream": [10.0, 11.0], "served, file to file": [8.0, 9.0]}
+    result = {
+        "kind": "overhead", "name": "overhead", "machine": machine, "size": [180, 320], "frames": 80,
+        "encoder": "H.264", "fps": sides, "best_bare": "bare, batch 1, 1 stream",
+        "others_cores": {"served, file to file": 0.4}, "served_over_best_bare": 0.81,
+        "served_over_analyzed": 0.9, "client_stages_s": {"decode": 0.1, "inference": 8.0, "encode": 2.0},
+    }  # fmt: skip
+    results.write(tmp_path, result)
+
+    draw("--results", tmp_path, "--out", tmp_path)
+
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "The bottleneck is **inference**" in text
+    assert "| served, file to file | !8.50 (8.00-9.00) |" in text
+    assert "at 1 of 2 sides" in text
+    assert (
+        "| file to file, 320x180, H.264 | 8.5 (8.0-9.0) frames/s; bottleneck: inference | overhead |" in text
+    )
+
+
 def test_page_is_whole_in_one_file(drawn: Path) -> None:
     page = (drawn / "report.html").read_text()
 

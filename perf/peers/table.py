@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perf import plots
 from perf.document import Section, Table, source_of
-from perf.points import Figure
+from perf.points import QUIET_CORES, Figure, disturbed_note
 from perf.results import Result
 
 
@@ -27,7 +27,7 @@ def peers_section(result: Result) -> Section:
                 f"{network['parameters'] / 1e6:.2f}",
                 f"{network['flops'] / 1e9:.0f}",
                 size_name(row["size"]) + (" (smaller)" if is_smaller else ""),
-                ms.text(0),
+                "!" * (row.get("others_cores", 0.0) > QUIET_CORES) + ms.text(0),
                 fps.text(2),
                 f"{row['peak_memory_mb']:.0f}",
             )
@@ -44,6 +44,7 @@ def peers_section(result: Result) -> Section:
             "*Smaller*: at the size asked for, one run would have taken longer than the bench allows. Such a "
             "row was measured on a smaller frame; its time must not be compared with the others. The picture "
             "scales it by the area, and says *estimated*.",
+            *disturbed_note([row.get("others_cores", 0.0) for row in result["rows"]], "rows"),
         ),
         Table((*headings, "ms a frame", "frames/s", "peak MB"), rows),
         plots.bars(bars, "ms a frame, shorter is better; logarithmic", is_logarithmic=True) if bars else None,
