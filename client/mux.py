@@ -102,9 +102,11 @@ class Join:
                     picture_stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
             elif _is_copied(stream):
                 copies[stream.index] = self._add(out, stream, stream)
-            elif stream.name != "bin_data" and stream.index not in self._told:  # MP4's chapters are that
+            elif not _is_rewritten(stream) and stream.index not in self._told:
                 self._told.add(stream.index)
-                log.warning("left out stream %d (%s %s)", stream.index, stream.type, stream.name)
+                log.warning(
+                    "left out stream %d (%s)", stream.index, f"{stream.type} {stream.name or ''}".strip()
+                )
         assert picture_stream is not None
         out.metadata.update({k: v for k, v in source.metadata.items() if k not in STALE_TAGS})
         out.set_chapters(span.chapters(source))
@@ -214,6 +216,11 @@ def _is_copied(stream: Stream) -> bool:
     if stream.type == "video":
         return bool(stream.disposition & Disposition.attached_pic)
     return stream.type in ("audio", "subtitle", "attachment")
+
+
+def _is_rewritten(stream: Stream) -> bool:
+    """Whether the muxer makes such a stream anew: MP4's chapters from chapters, a timecode from its tag."""
+    return stream.name == "bin_data" or (stream.type == "data" and "timecode" in stream.metadata)
 
 
 def _copied(source: InputContainer, copies: dict[int, Stream], span: Span) -> Iterator[Packet[Any]]:

@@ -37,9 +37,9 @@ class Part:
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = (self.folder / "lock").open("w")
-        except FileNotFoundError as err:
-            raise UpscaleError(f"cannot write {out}: expected a folder {out.parent}; create it") from err
         except OSError as err:
+            if not out.parent.is_dir():
+                raise UpscaleError(f"cannot write {out}: expected a folder {out.parent}; create it") from err
             raise UpscaleError(f"cannot write {out} ({err.strerror}): name an output you may write") from err
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -76,7 +76,7 @@ def rehearse(src: Source, dst: Path, session: Session, options: Options) -> str:
     height, width = result.hr_size
     return (
         f"{src.path}: {expected} frames to {dst}, {width}x{height}, about {expected / result.fps:.0f} s and "
-        f"{megabytes:.0f} MB, by its first {result.frames} frames"
+        f"{megabytes:.1f} MB, by its first {result.frames} frames"
     )
 
 

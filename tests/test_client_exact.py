@@ -350,6 +350,21 @@ def test_what_was_muxed_is_verified(tmp_path, triton, monkeypatch):
     assert not (tmp_path / "out.mp4").exists()
 
 
+def test_a_timecode_is_kept(tmp_path, triton, caplog):
+    """MP4 has it in a stream, which the muxer makes from a tag."""
+    clip = tmp_path / "in.mp4"
+    with av.open(write_clip(tmp_path / "plain.mp4", pictures(COUNT))) as plain, av.open(clip, "w") as out:
+        stream = out.add_stream_from_template(plain.streams.video[0], opaque=True)
+        stream.metadata["timecode"] = "01:02:03:04"
+        for packet in plain.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    out = upscaled(clip, tmp_path / "out.mp4", triton)
+    assert packets(out, "data") == packets(clip, "data")
+    assert "left out" not in caplog.text
+
+
 def test_what_is_left_out_is_named_once(tmp_path, triton, caplog):
     path = tmp_path / "in.mkv"
     with av.open(write_clip(tmp_path / "one.mkv", pictures(COUNT))) as one, av.open(path, "w") as out:
