@@ -23,6 +23,7 @@ from rich.text import Text
 from source import PIPE
 
 LINE_EVERY_S = 10.0
+DRAWN_PER_S = 2  # drawing takes processor time, which a server beside us needs
 EVENT_EVERY_S = 1.0
 
 
@@ -84,7 +85,8 @@ class ConsoleReport(Report):
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Fps())
-            self._bar = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
+            left = TimeRemainingColumn(elapsed_when_finished=True)
+            self._bar = Progress(*columns, left, console=console, refresh_per_second=DRAWN_PER_S)
             self._task = self._bar.add_task(self._title, total=total or None, completed=done)
             self._bar.start()
 
