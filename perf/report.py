@@ -28,9 +28,9 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.4rem }
 table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0 }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
-td { white-space: nowrap } td.long { white-space: normal } td.text { text-align: left }
-th:first-child, td:first-child { text-align: left }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left }
+td { white-space: nowrap } td.long { white-space: normal } th { vertical-align: bottom }
+.figure { text-align: right }
 svg { max-width: 100%; height: auto }
 .table { overflow-x: auto } .source { color: #666; font-size: .75rem }
 nav a { display: block }
@@ -77,20 +77,29 @@ def page(parts: Sequence[Section]) -> str:
 
 def markdown_rows(table: Table) -> list[str]:
     """Lines of a Markdown table; columns of figures stand at the right."""
-    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headings)
-    rule = ["---:" if index and all(map(_is_figure, cells)) else "---" for index, cells in enumerate(columns)]
+    rule = ["---:" if are_figures else "---" for are_figures in _figure_columns(table)]
     return [f"| {' | '.join(cells)} |" for cells in (table.headings, rule, *table.rows)]
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.headings)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    columns = _figure_columns(table)
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} class="{"figure" if are_figures else ("long" if len(text) > LONG_CELL else "text")}">'
+            f"{_inline(text)}</{tag}>"
+            for text, are_figures in zip(cells, columns, strict=True)
+        )
+
+    rows = "".join(f"<tr>{line('td', row)}</tr>" for row in table.rows)
+    head = f"<thead><tr>{line('th', table.headings)}</tr></thead>"
+    return f'<div class="table"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
-def _cell(text: str) -> str:
-    names = "long " * (len(text) > LONG_CELL) + "text" * (not _is_figure(text))
-    return f'<td class="{names.strip()}">{_inline(text)}</td>'
+def _figure_columns(table: Table) -> list[bool]:
+    """Which columns hold figures alone; the first names the row."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headings)
+    return [index > 0 and all(map(_is_figure, cells)) for index, cells in enumerate(columns)]
 
 
 def _is_figure(text: str) -> bool:
