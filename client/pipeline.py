@@ -169,6 +169,7 @@ class Feed:
 
     def close(self) -> None:
         """End the threads."""
+        self._session.stop()  # or the second would go on waiting for a slow server
         self._frames.close()
         self._answers.close()
 

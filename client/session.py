@@ -73,7 +73,8 @@ class _Line:
     pause_s: float = FIRST_PAUSE_S
 
 
-_Answers = queue.SimpleQueue[tuple[_Line, _Job, "Image | None", "InferenceServerException | None"]]
+_News = tuple[_Line, _Job, "Image | None", "InferenceServerException | None"]
+_Answers = queue.SimpleQueue["_News | None"]  # None: nobody wants more
 
 
 class Session:
@@ -106,6 +107,7 @@ class Session:
         self._patience_s, self._stall_s = patience_s, stall_s
         self._busy_lock = threading.Lock()
         self._last_sign_of_life_s = time.monotonic()
+        self._answered: _Answers = queue.SimpleQueue()
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of the weights by server address; all may differ, as INT8 and FP16 do."""
@@ -132,7 +134,8 @@ class Session:
         source = enumerate(lr_windows)
         in_order: deque[_Job] = deque()
         again: list[_Job] = []
-        answered: _Answers = queue.SimpleQueue()  # of this call; answers to an abandoned one disturb nobody
+        # Of this call; answers to an abandoned one disturb nobody.
+        answered = self._answered = queue.SimpleQueue()
         more = True
         self._last_sign_of_life_s = time.monotonic()
         while True:
@@ -154,10 +157,17 @@ class Session:
                 in_order.popleft()
                 yield hr
             if in_order:
-                for job in self._collect(answered):
+                lost = self._collect(answered)
+                if lost is None:
+                    return
+                for job in lost:
                     heapq.heappush(again, job)
             elif not more:
                 return
+
+    def stop(self) -> None:
+        """End the windows under way, from another thread than the one that may be waiting for them."""
+        self._answered.put(None)
 
     def _free_line(self) -> _Line | None:
         """The server with most room, if any has room."""
@@ -179,16 +189,18 @@ class Session:
         with self._busy_lock:
             line.busy += by
 
-    def _collect(self, answered: _Answers) -> list[_Job]:
-        """Wait for news, take in all there is, and return the windows that must be sent again."""
+    def _collect(self, answered: _Answers) -> list[_Job] | None:
+        """Wait for news, take in all there is, and return the windows to send again; None: stop."""
         look_again_at_s = [line.look_again_at_s for line in self._lines if line.lost and not line.busy]
         all_lost = all(line.lost for line in self._lines)
         give_up_s = self._last_sign_of_life_s + (self._patience_s if all_lost else self._stall_s)
         started_s = time.monotonic()
-        again = []
+        again: list[_Job] = []
         try:
             news = answered.get(timeout=max(0.0, min([give_up_s, *look_again_at_s]) - started_s))
             while True:
+                if news is None:
+                    return None
                 again += self._take(*news)
                 news = answered.get_nowait()
         except queue.Empty:

@@ -135,7 +135,7 @@ def test_ctrl_c(tmp_path, dam, triton, clip):
     process = start(clip, out, triton)
     wait_for(process, tmp_path / "out.mp4.part" / "000001.segment")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     dam.opened.set()
     assert process.returncode == 130
     assert "stopped; what is finished is kept, the same command goes on from there" in errors

@@ -7,7 +7,7 @@ import time
 import grpc
 import numpy as np
 import pytest
-from ahead import Ahead
+from ahead import CLOSE_WITHIN_S, Ahead
 from client_fakes import FakeTriton, ensemble_config, http_server, nearest, stage_config
 from errors import UpscaleError
 from server import Server, address_from_url, contract_from_config, instance_count
@@ -160,6 +160,20 @@ def test_an_abandoned_run_does_not_disturb_the_next(open_session):
             time.sleep(0.01)
         assert values(session.hr_frames(lr_windows(1))) == [0]
         assert triton.under_way == 1  # the first one still waits
+        gate.set()
+
+
+def test_a_run_that_waits_for_a_slow_server_is_stopped_at_once(open_session):
+    gate = threading.Event()
+    with FakeTriton(before_answer=lambda _: gate.wait(60)) as triton:
+        session = open_session(triton)
+        answers = Ahead(session.hr_frames(lr_windows(3)), 1)
+        while not triton.requests:
+            time.sleep(0.01)
+        started_s = time.monotonic()
+        session.stop()
+        answers.close()
+        assert time.monotonic() - started_s < CLOSE_WITHIN_S / 2
         gate.set()
 
 
