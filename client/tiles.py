@@ -94,4 +94,5 @@ def _faded(old: Image, new: Image) -> NDArray[np.uint16]:
     """Two images of equal shape, less and less of the first along axis 0."""
     # In 256ths: whole numbers of 16 bits hold them, and take a fraction of the time of floats.
     weight = np.rint(np.linspace(0, 256, len(old) + 2)[1:-1]).astype(np.uint16).reshape(-1, 1, 1)
-    return (old * (256 - weight) + new * weight + 128) >> 8
+    faded: NDArray[np.uint16] = (old * (256 - weight) + new * weight + 128) >> 8
+    return faded
