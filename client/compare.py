@@ -39,12 +39,10 @@ def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None
     """
     with Video(source) as lr, Video(Source(upscaled)) as hr:
         total = hr.frames_expected(Range())
-        shown = upright(np.empty((*hr.picture.size, 0), np.uint8), hr.picture)
-        aspect = hr.picture.sample_aspect_ratio
-        if aspect and quarter_turns(hr.picture) % 2:
-            aspect = 1 / aspect
-        size = (shown.shape[0], shown.shape[1])
-        picture = replace(hr.picture, size=size, sample_aspect_ratio=aspect, display_matrix=None)
+        (height, width), aspect = hr.picture.size, hr.picture.sample_aspect_ratio
+        if quarter_turns(hr.picture) % 2:
+            height, width, aspect = width, height, aspect and 1 / aspect
+        picture = replace(hr.picture, size=(height, width), sample_aspect_ratio=aspect, display_matrix=None)
         pairs = (
             (upright(resized(before.image, hr.picture.size), hr.picture), upright(after.image, hr.picture))
             for before, after in zip(lr.frames(wanted), hr.frames(Range()), strict=True)
