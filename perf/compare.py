@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perf.document import Section, Table, machine_of, source_of
 from perf.findings import verdict
-from perf.points import SETTINGS, Figure, measured, varying
+from perf.points import SETTINGS, Figure, measured, size_name, varying
 from perf.results import Result
 
 OTHER_MACHINE = "**Another machine**: the change is that of the machine as well."
@@ -28,7 +28,7 @@ def _figures(result: Result) -> dict[str, Figure]:
             return {name: Figure(tuple(values)) for name, values in result["fps"].items()}
         case "peers":
             return {
-                f"{row['network']}, {row['runtime']}, {row['size'][1]}x{row['size'][0]}": Figure(
+                f"{row['network']}, {row['runtime']}, {size_name(row['size'])}": Figure(
                     tuple(1000 / ms for ms in row["ms_per_frame"])
                 )
                 for row in result["rows"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from perf.points import Figure, Measured, described
+from perf.points import Figure, Measured, described, grouped
 
 PAIRED = ("instances", "form", "transport", "target")  # settings whose values are weighed against the first
 
@@ -84,9 +84,7 @@ def fewest_instances(points: list[Measured]) -> tuple[int | None, str]:
     """The fewest instance groups that nothing beats beyond the spread, and the reason in words."""
     if any(len(point.fps.values) < 2 for point in points):
         return None, "One round of some points: without a spread, no choice."
-    places: dict[str, list[Measured]] = {}
-    for point in points:
-        places.setdefault(point.label(["size", "batch", "concurrency", "transport"]), []).append(point)
+    places = grouped(points, ["size", "batch", "concurrency", "transport"])
     fewest = max(
         min(
             (one for one in members if one.fps.span[1] >= max(other.fps.span[0] for other in members)),

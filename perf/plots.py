@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
-from perf.points import Figure, Measured, varying
+from perf.points import Figure, Measured, grouped, varying
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +44,7 @@ def lines_over(points: Sequence[Measured], key: str, axis: str) -> str:
     unit = UNITS.get(key, 1)
     # Evenly apart, whatever the steps between them: the shortest would not be told apart.
     places = {value: place for place, value in enumerate(sorted({point.settings[key] for point in points}))}
-    groups: dict[str, list[Measured]] = {}
-    for point in points:
-        groups.setdefault(point.label(others), []).append(point)
+    groups = grouped(points, others)
     quantities = (
         ("frames/s", lambda point: point.fps),
         ("p95 latency, ms", lambda point: point.latency_ms["p95"]),
@@ -75,15 +73,13 @@ def percentiles_over_rate(points: Sequence[Measured], in_time_ms: Mapping[int, f
     """
     offered = [point for point in points if point.rate]
     others = [name for name in varying(offered) if name != "load"] or ["size"]
-    groups: dict[str, list[Measured]] = {}
-    for point in offered:
-        groups.setdefault(point.label(others), []).append(point)
+    groups = grouped(offered, others)
     canvas = Canvas(figsize=(WIDTH_IN * min(1.0, 0.5 * len(groups)), HEIGHT_IN), layout="constrained")
     panels = canvas.subplots(1, max(1, len(groups)), squeeze=False)[0]
     for panel, (label, members) in zip(panels, groups.items(), strict=False):
         for colour, name in zip(COLOURS, PERCENTILES, strict=False):
             figures = [point.latency_ms[name] for point in members]
-            _line(panel, [offered_fps(point) for point in members], figures, name, colour)
+            _line(panel, [point.offered_fps for point in members], figures, name, colour)
         panel.set(title=label, xlabel="frames/s offered, Poisson", ylim=(0, None), xlim=(0, None))
         for (fps, allowed_ms), side in zip(in_time_ms.items(), ("bottom", "top"), strict=True):
             if allowed_ms < panel.get_ylim()[1]:
@@ -163,12 +159,6 @@ def stage_bars(points: Mapping[str, Measured], stages: Sequence[str]) -> str:
     panel.grid(False, axis="y")
     canvas.legend(ncols=len(stages), loc="outside lower center")
     return _svg(canvas)
-
-
-def offered_fps(point: Measured) -> float:
-    """Frames per second that an open loop offers."""
-    assert point.rate is not None
-    return point.rate * int(point.settings["batch"])
 
 
 def _line(panel: Axes, x: Sequence[float], figures: Sequence[Figure], label: str, colour: str) -> None:

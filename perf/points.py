@@ -27,6 +27,11 @@ FUSED = "fused"
 QUIET_CORES = 0.15  # what a system does by itself
 
 
+def mark(others_cores: float) -> str:
+    """What stands before a figure that other programs disturbed."""
+    return "!" * (others_cores > QUIET_CORES)
+
+
 def disturbed_note(others_cores: Sequence[float], what: str) -> list[str]:
     """What the mark means, where it is needed."""
     disturbed = sum(cores > QUIET_CORES for cores in others_cores)
@@ -82,6 +87,12 @@ class Measured:
     stages: dict[str, dict[str, float]]
     """Of the last round."""
 
+    @property
+    def offered_fps(self) -> float:
+        """Frames per second that an open loop offers."""
+        assert self.rate is not None
+        return self.rate * int(self.settings["batch"])
+
     def label(self, keys: list[str]) -> str:
         """These settings in words."""
         return ", ".join(described(key, self.settings[key]) for key in keys)
@@ -97,6 +108,19 @@ def varying(points: list[Measured]) -> list[str]:
     return [key for key in SETTINGS if len({str(point.settings.get(key)) for point in points}) > 1]
 
 
+def grouped(points: Sequence[Measured], keys: list[str]) -> dict[str, list[Measured]]:
+    """The points by these settings in words, in the order in which they first come up."""
+    groups: dict[str, list[Measured]] = {}
+    for point in points:
+        groups.setdefault(point.label(keys), []).append(point)
+    return groups
+
+
+def size_name(size: Sequence[int]) -> str:
+    """(height, width) as everybody writes it."""
+    return f"{size[1]}x{size[0]}"
+
+
 def described(key: str, value: Any) -> str:
     """A setting as a reader would say it."""
     if value is None:
@@ -105,7 +129,7 @@ def described(key: str, value: Any) -> str:
         )
     match key:
         case "size":
-            return f"{value[1]}x{value[0]}"
+            return size_name(value)
         case "queue_delay_us":
             return f"delay {value / 1000:g} ms"
         case "instances":

@@ -12,7 +12,7 @@ from perf.ladder.table import ladder_sections
 from perf.peers.papers import papers_sections
 from perf.peers.table import peers_section
 from perf.plan import sweep_names
-from perf.points import QUIET_CORES, Figure, Measured, described, disturbed_note, measured, varying
+from perf.points import Figure, Measured, described, disturbed_note, mark, measured, size_name, varying
 from perf.results import Result
 from perf.streams import RATES_FPS, allowed_ms, streams_section
 from perf.summary import summary
@@ -113,7 +113,7 @@ def _sweep(result: Result) -> list[Section]:
 
 
 def _marks(point: Measured) -> str:
-    return "!" * (point.others_cores > QUIET_CORES) + "~" * (not point.is_stable)
+    return mark(point.others_cores) + "~" * (not point.is_stable)
 
 
 def _sweep_table(points: list[Measured], keys: list[str]) -> Table:
@@ -172,7 +172,6 @@ def _stages(result: Result, points: list[Measured]) -> Section:
 
 
 def _overhead(result: Result) -> Section:
-    height, width = result["size"]
     figures = {name: Figure(tuple(values)) for name, values in result["fps"].items()}
     stages: dict[str, Any] = result["client_stages_s"]
     slowest = max(stages, key=lambda stage: stages[stage])
@@ -185,9 +184,9 @@ def _overhead(result: Result) -> Section:
         result["name"],
         "From file to file: what does serving cost?",
         (
-            f"{result['frames']} frames of {width}x{height}, x4, {result['encoder']}. perf_analyzer keeps as "
-            "many requests under way at the same server. The bare loops run the same ONNX files in one "
-            "process, frames in memory. Neither decodes or encodes; all have the same cores.",
+            f"{result['frames']} frames of {size_name(result['size'])}, x4, {result['encoder']}. "
+            "perf_analyzer keeps as many requests under way at the same server. The bare "
+            "loops run the same ONNX files in one process, frames in memory. Neither decodes or encodes; all have the same cores.",
             f"Decoded, served and encoded: {analyzed}**{result['served_over_best_bare']:.0%}** of the best "
             f"bare loop ({result['best_bare']}). The bottleneck is **{slowest}**: the client's stages were "
             f"at work for {busy}.",
@@ -195,10 +194,7 @@ def _overhead(result: Result) -> Section:
         ),
         Table(
             ("side", "frames/s"),
-            [
-                (name, "!" * (others.get(name, 0.0) > QUIET_CORES) + figure.text(2))
-                for name, figure in figures.items()
-            ],
+            [(name, mark(others.get(name, 0.0)) + figure.text(2)) for name, figure in figures.items()],
         ),
         plots.bars(figures, "frames/s"),
         source_of(result),

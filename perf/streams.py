@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from math import floor
 
 from perf.document import Section, Table, source_of
-from perf.plots import offered_fps
-from perf.points import Measured, varying
+from perf.points import Measured, grouped, varying
 from perf.results import Result
 
 RATES_FPS = (24, 30)
@@ -21,16 +20,14 @@ def allowed_ms(fps: int) -> float:
 
 def most_in_time(offered: Sequence[Measured], fps: int) -> float:
     """The most frames/s offered at which 95 % of the frames are in time for a stream of this rate."""
-    return max((offered_fps(one) for one in offered if _p95(one) <= allowed_ms(fps)), default=0.0)
+    return max((one.offered_fps for one in offered if _p95(one) <= allowed_ms(fps)), default=0.0)
 
 
 def streams_section(result: Result, points: list[Measured]) -> Section:
     """Streams for every size, and the shortest wait."""
     offered = [point for point in points if point.rate]
     others = [key for key in varying(offered) if key != "load"] or ["size"]
-    groups: dict[str, list[Measured]] = {}
-    for point in offered:
-        groups.setdefault(point.label(others), []).append(point)
+    groups = grouped(offered, others)
     rows = []
     for label, members in groups.items():
         for fps in RATES_FPS:

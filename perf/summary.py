@@ -6,7 +6,7 @@ from math import floor
 
 from perf import findings
 from perf.document import Section, Table
-from perf.points import QUIET_CORES, Figure, Measured, measured
+from perf.points import QUIET_CORES, Figure, Measured, grouped, mark, measured, size_name
 from perf.results import Result
 from perf.streams import RATES_FPS, most_in_time
 
@@ -46,10 +46,10 @@ def _speed(result: Result) -> list[Answer]:
     alone = min(points, key=lambda point: (point.settings["batch"], point.settings["concurrency"]))
     p50, p95 = (alone.latency_ms[name].text(0) for name in ("p50", "p95"))
     return [
-        (f"most frames/s, {_size(best)}", f"{_busy(best)}{best.fps.text()} ({_place(best)})"),
+        (f"most frames/s, {_size(best)}", f"{mark(best.others_cores)}{best.fps.text()} ({_place(best)})"),
         (
             f"a frame's latency alone, {_size(alone)}",
-            f"{_busy(alone)}p50 {p50} ms, p95 {p95} ms",
+            f"{mark(alone.others_cores)}p50 {p50} ms, p95 {p95} ms",
         ),
     ]
 
@@ -71,8 +71,7 @@ def _instances(result: Result) -> list[Answer]:
 def _streams(result: Result) -> list[Answer]:
     offered = [point for point in measured(result) if point.rate]
     answers = []
-    for size in dict.fromkeys(map(_size, offered)):
-        members = [point for point in offered if _size(point) == size]
+    for size, members in grouped(offered, ["size"]).items():
         counts = (f"{floor(most_in_time(members, fps) / fps)} of {fps} fps" for fps in RATES_FPS)
         answers.append((f"streams in real time, {size}", ", ".join(counts)))
     return answers
@@ -89,10 +88,11 @@ def _split(result: Result) -> list[Answer]:
 
 
 def _file_to_file(result: Result) -> list[Answer]:
-    height, width = result["size"]
     fps = Figure(tuple(next(values for name, values in result["fps"].items() if "file to file" in name)))
     slowest = max(result["client_stages_s"], key=lambda stage: float(result["client_stages_s"][stage]))
-    return [(f"file to file, {width}x{height}, H.264", f"{fps.text()} frames/s; bottleneck: {slowest}")]
+    return [
+        (f"file to file, {size_name(result['size'])}, H.264", f"{fps.text()} frames/s; bottleneck: {slowest}")
+    ]
 
 
 def _size(point: Measured) -> str:
@@ -101,7 +101,3 @@ def _size(point: Measured) -> str:
 
 def _place(point: Measured) -> str:
     return point.label(["batch", "concurrency"])
-
-
-def _busy(point: Measured) -> str:
-    return "!" * (point.others_cores > QUIET_CORES)

@@ -8,7 +8,7 @@ from typing import Any
 from perf import plots
 from perf.document import Section, Table, source_of
 from perf.errors import PerfError
-from perf.points import QUIET_CORES
+from perf.points import QUIET_CORES, mark, size_name
 from perf.results import Result
 
 BEGIN, END = "<!-- ladder: drawn by `make report` -->", "<!-- end of ladder -->"
@@ -47,10 +47,11 @@ def write_readme(path: Path, result: Result, table: list[str]) -> None:
         )
     machine = result["machine"]
     head = (
-        f"{_size(result)} -> x4, {machine['cpu']}, {result['cores']} cores, {machine['gpu'] or 'no GPU'}, "
+        f"{size_name(result['input_size'])} -> x4, {machine['cpu']}, {result['cores']} cores, "
+        f"{machine['gpu'] or 'no GPU'}, "
         f"{machine['date']}; details in [perf/REPORT.md](perf/REPORT.md):"
     )
-    if any(row.get("others_cores", 0.0) > QUIET_CORES for row in result["rows"]):
+    if any(mark(row.get("others_cores", 0.0)) for row in result["rows"]):
         head += " `!`: measured while other programs were at work, so not to be quoted."
     path.write_text("\n".join([before + BEGIN, head, "", *table, END]) + after)
 
@@ -58,9 +59,9 @@ def write_readme(path: Path, result: Result, table: list[str]) -> None:
 def _ladder(result: Result) -> Section:
     rows, clip = result["rows"], result["clip"]
     text = [
-        f"{_size(result)} input, {clip['frames']} frames of {clip['name']} reduced by 4, so that their truth "
-        f"is known, on {result['cores']} cores, all of which every row may use. GFLOPs are 2 x MAC of "
-        "convolutions at this input. Frames/s are those in the steady state, with two batches in flight for "
+        f"{size_name(result['input_size'])} input, {clip['frames']} frames of {clip['name']} reduced by 4, "
+        f"so that their truth is known, on {result['cores']} cores, all of which every row may use. "
+        "GFLOPs are 2 x MAC of convolutions at this input. Frames/s are those in the steady state, with two batches in flight for "
         "each instance; ms/frame are 1000 over them, not a latency. A row is served with one instance and "
         "batch 1 where it does not say otherwise. Answers pass through shared memory, uncoded.",
         "Ratio and loss are against the first row. Peak memory is that of all processes of the server (of "
@@ -73,7 +74,7 @@ def _ladder(result: Result) -> Section:
             f"The first row was measured before and after all others; its frames/s differ by "
             f"**{first['spread_percent']:.1f} %**. Smaller differences between rows mean nothing."
         )
-    if disturbed := [row["name"] for row in rows if row.get("others_cores", 0.0) > QUIET_CORES]:
+    if disturbed := [row["name"] for row in rows if mark(row.get("others_cores", 0.0))]:
         text.append(
             f"`!`: other programs used more than {QUIET_CORES:g} cores meanwhile, in {len(disturbed)} of "
             f"{len(rows)} rows. **Do not quote these figures.**"
@@ -136,13 +137,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         ("fps", "{:.2f}", 1), ("ratio", "{:.2f}x", 1), ("peak_memory_mb", "{:.0f}", 1),
         ("psnr_db", "{:.2f}", 1), ("psnr_loss_db", "{:+.3f}", 1), ("ssim", "{:.4f}", 1), ("tof", "{:.4f}", 1),
     )  # fmt: skip
-    mark = "! " if row.get("others_cores", 0.0) > QUIET_CORES else ""
+    disturbed = mark(row.get("others_cores", 0.0))
     return (
-        mark + row["name"],
+        f"{disturbed} {row['name']}".lstrip(),
         *(NOTHING if row[key] is None else text.format(row[key] / unit) for key, text, unit in formats),
     )
-
-
-def _size(result: Result) -> str:
-    height, width = result["input_size"]
-    return f"{width}x{height}"

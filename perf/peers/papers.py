@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.document import Section, Table, machine_of, source_of
-from perf.peers.table import size_name
-from perf.points import Figure
+from perf.points import Figure, size_name
 from perf.results import Result
 
 PUBLISHED = Path(__file__).with_name("published.toml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perf import plots
 from perf.document import Section, Table, source_of
-from perf.points import QUIET_CORES, Figure, disturbed_note
+from perf.points import Figure, disturbed_note, mark, size_name
 from perf.results import Result
 
 
@@ -27,7 +27,7 @@ def peers_section(result: Result) -> Section:
                 f"{network['parameters'] / 1e6:.2f}",
                 f"{network['flops'] / 1e9:.0f}",
                 size_name(row["size"]) + (" (smaller)" if is_smaller else ""),
-                "!" * (row.get("others_cores", 0.0) > QUIET_CORES) + ms.text(0),
+                mark(row.get("others_cores", 0.0)) + ms.text(0),
                 fps.text(2),
                 f"{row['peak_memory_mb']:.0f}",
             )
@@ -50,8 +50,3 @@ def peers_section(result: Result) -> Section:
         plots.bars(bars, "ms a frame, shorter is better; logarithmic", is_logarithmic=True) if bars else None,
         source_of(result),
     )
-
-
-def size_name(size: list[int]) -> str:
-    """(height, width) as everybody writes it."""
-    return f"{size[1]}x{size[0]}"
