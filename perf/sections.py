@@ -186,7 +186,8 @@ def _overhead(result: Result) -> Section:
         (
             f"{result['frames']} frames of {size_name(result['size'])}, x4, {result['encoder']}. "
             "perf_analyzer keeps as many requests under way at the same server. The bare "
-            "loops run the same ONNX files in one process, frames in memory. Neither decodes or encodes; all have the same cores.",
+            "loops run the same ONNX files in one process, frames in memory. Neither decodes or "
+            "encodes; all have the same cores.",
             f"Decoded, served and encoded: {analyzed}**{result['served_over_best_bare']:.0%}** of the best "
             f"bare loop ({result['best_bare']}). The bottleneck is **{slowest}**: the client's stages were "
             f"at work for {busy}.",

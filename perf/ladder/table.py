@@ -61,9 +61,10 @@ def _ladder(result: Result) -> Section:
     text = [
         f"{size_name(result['input_size'])} input, {clip['frames']} frames of {clip['name']} reduced by 4, "
         f"so that their truth is known, on {result['cores']} cores, all of which every row may use. "
-        "GFLOPs are 2 x MAC of convolutions at this input. Frames/s are those in the steady state, with two batches in flight for "
-        "each instance; ms/frame are 1000 over them, not a latency. A row is served with one instance and "
-        "batch 1 where it does not say otherwise. Answers pass through shared memory, uncoded.",
+        "GFLOPs are 2 x MAC of convolutions at this input. Frames/s are those in the steady state, with two "
+        "batches in flight for each instance; ms/frame are 1000 over them, not a latency. A row is served "
+        "with one instance and batch 1 where it does not say otherwise. Answers pass through shared memory, "
+        "uncoded.",
         "Ratio and loss are against the first row. Peak memory is that of all processes of the server (of "
         "PyTorch's, in the first row) under load, shared pages counted once. tOF, over the first "
         f"{clip['tof_frames']} frames, is the error of the motion between answers: less is steadier.",
