@@ -17,11 +17,12 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 from colour import BT470BG, Colour, frame_from_rgb
 from compare import most_changed, resized, sample_numbers, upright
 from errors import UpscaleError
-from pipeline import Options, Result
+from pipeline import Options, Result, shapes_of
 from scores import luma, psnr_db, ssim
+from server import Contract
 from source import Source
 from video import Range, Video
-from windows import Image
+from windows import Image, Size
 
 JFIF = Colour(BT470BG, True, ColorPrimaries.UNSPECIFIED, ColorTrc.UNSPECIFIED)
 JPEG_QUANTISER = 2  # of 31; the finest that every viewer takes
@@ -82,6 +83,21 @@ class Sample:
     """By name: bicubic, ours and, if it is known, the truth."""
 
 
+def check_reference(reference: Path, source: Source, contract: Contract, final_size: Size | None) -> None:
+    """Refuse a reference of another size than the clip will have, before any work is done.
+
+    Raises:
+        UpscaleError: It does not fit, or one of the two is not readable.
+    """
+    with Video(source) as lr, Video(Source(reference)) as truth:
+        height, width = shapes_of(lr.picture, contract, final_size).hr.size
+        found_height, found_width = truth.picture.size
+    if (found_height, found_width) != (height, width):
+        raise UpscaleError(
+            f"expected a reference of {width}x{height}, found {found_width}x{found_height}: {reference}"
+        )
+
+
 def write_page(
     target: Path,
     source: Source,
@@ -103,7 +119,7 @@ def write_page(
         reference: The truth, a clip as large and as long as the upscaled one, for PSNR and SSIM.
 
     Raises:
-        UpscaleError: The reference does not fit, or the page cannot be written.
+        UpscaleError: The reference is shorter than the clip, or the page cannot be written.
     """
     samples, scores = _look(source, options.range, upscaled, reference, sample_numbers(result.frames))
     (lr_height, lr_width), (hr_height, hr_width) = result.lr_size, result.hr_size
@@ -145,11 +161,6 @@ def _look(
         lr = files.enter_context(Video(source))
         hr = files.enter_context(Video(Source(upscaled)))
         truth = files.enter_context(Video(Source(reference))) if reference else None
-        if truth and truth.picture.size != hr.picture.size:
-            (height, width), (found_height, found_width) = hr.picture.size, truth.picture.size
-            raise UpscaleError(
-                f"expected a reference of {width}x{height}, found {found_width}x{found_height}: {reference}"
-            )
         truths = truth.frames(Range()) if truth else None
         pairs = zip(lr.frames(wanted), hr.frames(Range()), strict=True)
         for number, (before, after) in enumerate(pairs):

@@ -20,7 +20,7 @@ from encode import CODECS, DEFAULT_CODEC, encoding_from_options
 from errors import UpscaleError
 from images import writes_images
 from ladder import AUTO, TRANSPORTS
-from page import write_page
+from page import check_reference, write_page
 from pipeline import Options, Result, upscale
 from report import ConsoleReport, JsonReport, Report
 from scenes import DEFAULT_THRESHOLD
@@ -237,8 +237,10 @@ def main(
                 if not run_all(jobs, session, options, report, overwrite):
                     sys.exit(EXIT_FAILED)
             else:
-                result = run_one(*jobs[0], session, options, report)
                 source, out = jobs[0]
+                if reference:
+                    check_reference(reference, source, session.contract, final_size)
+                result = run_one(source, out, session, options, report)
                 if report_page:
                     write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
                 if compare:

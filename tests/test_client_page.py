@@ -83,6 +83,10 @@ def test_a_reference_that_does_not_fit(clip, triton, tmp_path):
     result = run_client(clip, tmp_path / "out.mkv", *options)
     assert result.exit_code == 1
     assert "expected a reference of 192x128, found 48x32" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in.mkv",
+        "small.mkv",
+    ]  # refused before any work
     missing = ("--url", triton.url, "--report", tmp_path / "r.html", "--reference", tmp_path / "no.mkv")
     result = run_client(clip, tmp_path / "out2.mkv", *missing)
     assert "expected --report and an existing file for --reference" in result.output
