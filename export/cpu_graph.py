@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
-from onnx import inliner, numpy_helper, parser
+from onnx import helper, inliner, numpy_helper, parser
 
 DOMAIN = "mst_gan"  # of the functions below, until they are inlined
 SHUFFLE = 2  # the generator's shuffles double the sides
@@ -107,17 +107,22 @@ Weave <taller, wider> (packed) => (woven) {
 
 
 def cpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Rewrite warps and shuffles; what does not match the patterns stays as it is."""
+    """Rewrite warps, shuffles and rounding; what does not match the patterns stays as it is."""
     model = copy.deepcopy(model)
     _weave_shuffles(model.graph)
+    _round_at_once(model.graph)
+    _read_at_once(model.graph)
     for node in model.graph.node:
         if node.op_type == "GridSample" and _attributes(node) == {
             "mode": b"bilinear", "padding_mode": b"border", "align_corners": 0,
         }:  # fmt: skip
             _call(node, "Sample")
     model.functions.extend(parser.parse_function(text) for text in (SAMPLE, WEAVE))
-    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     model = inliner.inline_local_functions(model)
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)
     for index, node in enumerate(model.graph.node):  # what quantises the graph refers to nodes by name
         node.name = node.name or f"{node.op_type}_{index}"
     del model.graph.value_info[:]  # what the shuffles' tensors were before
@@ -153,11 +158,54 @@ def _weave_shuffles(graph: onnx.GraphProto) -> None:
             del node.attribute[:]
 
 
+def _round_at_once(graph: onnx.GraphProto) -> None:
+    """Clip to 0..1, * 255, round, cast to bytes: one QuantizeLinear, in place of four passes over floats.
+
+    It divides by 1/255: of a frame's millions of values, the dozen that lie on the edge of two levels may go
+    to the other.
+    """
+    rounding = list(graph.node)[-4:]
+    if [node.op_type for node in rounding] != ["Clip", "Mul", "Round", "Cast"]:
+        return
+    level = numpy_helper.from_array(np.array(1 / 255, np.float32), "grey_level")
+    zero = numpy_helper.from_array(np.array(0, np.uint8), "black")
+    graph.initializer.extend([level, zero])
+    del graph.node[-4:]
+    source, target = rounding[0].input[0], rounding[-1].output
+    graph.node.append(helper.make_node("QuantizeLinear", [source, level.name, zero.name], target))
+
+
+def _read_at_once(graph: onnx.GraphProto) -> None:
+    """Bytes cast, / 255, less the neutral byte's share: one DequantizeLinear; 8-bit layers need none."""
+    producers = {output: node for node in graph.node for output in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for shift in [node for node in graph.node if node.op_type == "Sub"]:
+        chain = [shift]
+        while chain[-1].input[0] in producers and readers[chain[-1].input[0]] == 1:
+            chain.append(producers[chain[-1].input[0]])
+        second_inputs = (node.input[1] if len(node.input) > 1 else "" for node in chain[:2])
+        neutral, white = (constants.get(name) for name in second_inputs)
+        if [node.op_type for node in chain] != ["Sub", "Div", "Cast"] or neutral is None or white is None:
+            continue
+        name = chain[-1].input[0]
+        levels = {
+            f"{name}_level": np.float32(1 / white),
+            f"{name}_neutral": np.uint8(np.rint(neutral * white)),
+        }
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(level), key) for key, level in levels.items()
+        )
+        shift.op_type, shift.input[:] = "DequantizeLinear", [name, *levels]
+        for node in chain[1:]:
+            graph.node.remove(node)
+
+
 def _attributes(node: onnx.NodeProto) -> dict[str, object]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _call(node: onnx.NodeProto, function: str, **attributes: list[int]) -> None:
     node.domain, node.op_type = DOMAIN, function
     del node.attribute[:]
-    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())

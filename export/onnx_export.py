@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 EXAMPLE_BATCH = 2  # any but 1, which the exporter would take for a constant
-EXAMPLE_SIZE = (36, 52)  # lr; odd multiples of 4, so that the paths for odd levels are traced
+EXAMPLE_SIZE = (
+    68,
+    132,
+)  # lr; odd multiples of 4, so that odd levels are traced; no level of 1 px
 
 
 def export_onnx(network: MstGan, folder: Path) -> dict[str, Path]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from export import spec
 from export.network import Generator
+from export.network.frames import frames_from_window
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,10 @@ OPERATORS = (
 # Operator -> the input that says where to sample, and with which weights: needs more than 256 levels.
 POSITIONS = {"GridSample": 1, "Gather": 1, "MatMul": 0}
 
+# What stands between an image's bytes and the network: moving and scaling; and that around zero.
+MOVES = ("Transpose", "Cast", "Div", "Reshape", "Gather")
+SHIFTS = ("Sub", "DequantizeLinear")
+
 Levels = tuple[float, int, int, int]
 """Scale, zero point, lowest and highest integer."""
 
@@ -68,7 +73,7 @@ class Layer:
 
     name: str
     noise: float
-    """Mean squared error that it adds to ``subpixels``, white = 1."""
+    """Mean squared error that it adds to the sub-pixels before they are rounded, white = 1."""
     psnr_db: float
     """The same, as PSNR against the float network's answer."""
     mac_share: float
@@ -100,8 +105,8 @@ def chosen_float(layers: Sequence[Layer], parent_error: float, budget_db: float)
 def calibrate(model: onnx.ModelProto, feeds: Iterable[Feeds]) -> TensorsData:
     """Range of every activation, over inputs of the model.
 
-    Images keep their whole range whatever the sample showed: a frame is 0..1, and rounds to 255 levels
-    without any error.
+    Images keep their whole range whatever the sample showed: they came as bytes, and become the same bytes
+    again without any error.
     """
     with TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
@@ -117,10 +122,10 @@ def calibrate(model: onnx.ModelProto, feeds: Iterable[Feeds]) -> TensorsData:
             for feed in feeds:  # one at a time: the calibrator holds every activation of what it is handed
                 calibrator.collect_data(_OneFeed(feed))
             ranges = calibrator.compute_data()
-    images = {name for node in image_nodes(model.graph) for name in node.output}
-    for name in {spec.ALIGNED.name, *images}:
-        if name in ranges:
-            ranges[name] = TensorData(lowest=np.float32(0), highest=np.float32(1))
+    for node in image_nodes(model.graph):
+        low = np.float32(-spec.NEUTRAL / 255 if node.op_type in SHIFTS else 0)
+        for name in ranges.data.keys() & set(node.output):
+            ranges[name] = TensorData(lowest=low, highest=low + np.float32(1))
     return ranges
 
 
@@ -153,15 +158,17 @@ def sensitivity(
     """
     activations = _convolution_activations(model)
     weight_level = 127 if symmetric else CPU_WEIGHT_LEVEL
+    lr_window, flow, aligned = inputs
     with torch.inference_mode():
-        reference = generator(*inputs)
+        unrounded = (frames_from_window(lr_window), flow, aligned.float() / 255)
+        reference = generator.generate(*unrounded)
         rows, macs = [], []
         for name, module in generator.named_modules():
             if not isinstance(module, nn.Conv2d):
                 continue
             source, target = (_levels(ranges[tensor], symmetric) for tensor in activations[name])
             with _fake_quantised(module, source, target, weight_level) as counted:
-                noise = float((generator(*inputs) - reference).square().mean())
+                noise = float((generator.generate(*unrounded) - reference).square().mean())
             rows.append((name, noise))
             macs.append(counted[0])
     layers = [
@@ -259,7 +266,7 @@ def image_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Nodes between the images given to the model and the first convolutions: what they make is pixels."""
     images = {spec.LR_WINDOW.name, spec.ALIGNED.name}
     for node in graph.node:
-        if node.op_type in ("Transpose", "Cast", "Div", "Reshape", "Gather") and node.input[0] in images:
+        if node.op_type in (*MOVES, *SHIFTS) and node.input[0] in images:
             images.update(node.output)
             yield node
 

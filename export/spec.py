@@ -50,11 +50,15 @@ LR_WINDOW = TensorSpec("lr_window", "UINT8", (WINDOW, -1, -1, CHANNELS))
 FLOW = TensorSpec("flow", "FP32", (2 * (WINDOW - 1), -1, -1), stride=FLOW_STRIDE)
 """Displacement in pixels of its own resolution: t->t-1 (x, y), then t->t+1 (x, y)."""
 
-ALIGNED = TensorSpec("aligned", "FP32", (WINDOW * CHANNELS, -1, -1))
-"""t-1 warped to t, t, t+1 warped to t; 0..1."""
+PHASES = SCALE**2  # places within a pixel of the centre frame where a neighbour's sample may lie
+ALIGNED = TensorSpec("aligned", "UINT8", (WINDOW * CHANNELS + PHASES * (WINDOW - 1), -1, -1))
+"""t-1 warped to t, t, t+1 warped to t, RGB 0..255; then what t-1, and what t+1, adds to each sub-pixel of t,
+``NEUTRAL`` = nothing, see ``network.flow_align.innovation``."""
 
-SUBPIXELS = TensorSpec("subpixels", "FP32", (CHANNELS * SCALE**2, -1, -1))
-"""The hr frame before the pixel shuffle, bicubic skip included; nominally 0..1, not clamped."""
+NEUTRAL = 128  # of 0..255: the byte that stands for zero where a tensor holds signed values
+
+SUBPIXELS = TensorSpec("subpixels", "UINT8", (CHANNELS * SCALE**2, -1, -1))
+"""The hr frame before the pixel shuffle, bicubic skip included; 0..255, rounded: a quarter of the bytes."""
 
 HR_FRAME = TensorSpec("hr_frame", "UINT8", (-1, -1, CHANNELS), scale=SCALE)
 """The upscaled frame t, RGB, 0..255."""

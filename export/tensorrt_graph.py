@@ -1,8 +1,8 @@
 """An ONNX stage in, the same function as TensorRT's parser takes it out; and its INT8 flavour.
 
-TensorRT takes UINT8 on the boundary alone, so the casts move outwards. Sides that are padded to whole
-granules are stated as such, without which TensorRT-RTX compiles no range of sizes. INT8 is symmetric and
-signed, with the biases in float: a quantised bias is refused.
+TensorRT takes UINT8 on the boundary alone, so the casts move outwards, and what only moves bytes moves
+FP16, which holds them exactly. INT8 is symmetric and signed, with the biases in float: a quantised bias is
+refused.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 
@@ -23,10 +22,9 @@ OPERATORS = ("Conv", "Add")  # Q/DQ at their inputs, so that convolution, sum an
 
 
 def tensorrt_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Cast frames to float first and to bytes last, and state the sides of padded images."""
+    """Cast frames to float first and to bytes last."""
     model = copy.deepcopy(model)
     graph = model.graph
-    _state_granules(graph)
     readers = Counter(name for node in graph.node for name in node.input)
     bytes_in = {v.name for v in graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8}
     for first in graph.node:
@@ -34,15 +32,14 @@ def tensorrt_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         if len(reading) != 1 or readers[first.output[0]] != 1:
             continue
         (second,) = reading
-        moves_in = (first.op_type, second.op_type) == ("Transpose", "Cast") and first.input[0] in bytes_in
-        moves_out = (first.op_type, second.op_type) == ("Cast", "Transpose") and _to_bytes(first)
-        if moves_in or moves_out:
+        if (first.op_type, second.op_type) == ("Transpose", "Cast") and first.input[0] in bytes_in:
             first.op_type, second.op_type = second.op_type, first.op_type
             attributes = list(first.attribute)
             del first.attribute[:]
             first.attribute.extend(second.attribute)
             del second.attribute[:]
             second.attribute.extend(attributes)
+    _cast_at_the_edge(graph)
     del graph.value_info[:]  # types have moved with the casts
     return onnx.shape_inference.infer_shapes(model)
 
@@ -77,48 +74,23 @@ def quantise_for_tensorrt(
     return quantised
 
 
-def _state_granules(graph: onnx.GraphProto) -> None:
-    """Reshape what was padded by ``-side % granule`` to ``(side + granule - 1) // granule * granule``.
-
-    The image has these sides already. But TensorRT-RTX 1.7 does not see that halving them leaves no
-    remainder, and so refuses to build for a range of sizes ("Resize shape dims should be non-negative").
-    """
-    producers = {output: node for node in graph.node for output in node.output}
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        nodes.append(node)
-        amounts = producers.get(node.input[1]) if node.op_type == "Pad" else None
-        if amounts is None:
+def _cast_at_the_edge(graph: onnx.GraphProto) -> None:
+    """Cast bytes that come in or go out elsewhere than at a Cast."""
+    nodes = list(graph.node)
+    for value in graph.input:
+        readers = [node for node in nodes if value.name in node.input and node.op_type != "Cast"]
+        if value.type.tensor_type.elem_type != TensorProto.UINT8 or not readers:
             continue
-        # The last two of the amounts are those below and to the right; each a remainder, made a list of one.
-        remainders = [producers[producers[amount].input[0]] for amount in amounts.input[-2:]]
-        if {remainder.op_type for remainder in remainders} != {"Mod"}:
+        half = f"{value.name}_float16"
+        for node in readers:
+            node.input[:] = [half if name == value.name else name for name in node.input]
+        nodes.insert(0, helper.make_node("Cast", [value.name], [half], half, to=TensorProto.FLOAT16))
+    for value in graph.output:
+        maker = next(node for node in nodes if value.name in node.output)
+        if value.type.tensor_type.elem_type != TensorProto.UINT8 or maker.op_type == "Cast":
             continue
-        name = node.output[0]
-        node.output[0] = f"{name}_unstated"
-        shape = [f"{name}_batch_and_channels"]
-        graph.initializer.append(numpy_helper.from_array(np.zeros(2, np.int64), shape[0]))  # 0: as it is
-        flat = numpy_helper.from_array(np.array([-1], np.int64), f"{name}_flat")
-        graph.initializer.append(flat)
-        for axis, remainder in zip(("height", "width"), remainders, strict=True):
-            side, granule = producers[remainder.input[0]].input[1], remainder.input[1]  # of -1 * side
-            most = numpy_helper.from_array(constants[granule] - 1, f"{name}_{axis}_most")
-            graph.initializer.append(most)
-            for operator, operand in (
-                ("Add", most.name), ("Div", granule), ("Mul", granule), ("Reshape", flat.name),
-            ):  # fmt: skip
-                result = f"{name}_{axis}_{operator}"
-                nodes.append(helper.make_node(operator, [side, operand], [result], result))
-                side = result
-            shape.append(side)
-        nodes += [
-            helper.make_node("Concat", shape, [f"{name}_shape"], f"{name}_shape", axis=0),
-            helper.make_node("Reshape", [f"{name}_unstated", f"{name}_shape"], [name], f"{name}_stated"),
-        ]
+        half = f"{value.name}_float16"
+        maker.output[:] = [half if name == value.name else name for name in maker.output]
+        nodes.append(helper.make_node("Cast", [half], [value.name], value.name, to=TensorProto.UINT8))
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def _to_bytes(cast: onnx.NodeProto) -> bool:
-    return any(attribute.name == "to" and attribute.i == TensorProto.UINT8 for attribute in cast.attribute)

@@ -104,5 +104,5 @@ def test_tiles_that_disagree_are_blended(tmp_path):
 
     (frame,), _ = upscaled(tmp_path, pictures(1, 32, 192), "32x128", greys)
     row = frame[0, :, 0].astype(int)
-    assert (row[0], row[-1]) == (60, 120)
+    assert sorted((row[0], row[-1])) == [60, 120]  # both tiles are asked for at once
     assert np.abs(np.diff(row)).max() == 1

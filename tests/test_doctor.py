@@ -29,7 +29,7 @@ def fail(error: Exception):
 
 
 def test_bytes_of_a_frame() -> None:
-    assert doctor.frame_bytes([spec.SUBPIXELS], HD) == 48 * 720 * 1280 * 4
+    assert doctor.frame_bytes([spec.SUBPIXELS], HD) == 48 * 720 * 1280
     assert doctor.frame_bytes([spec.LR_WINDOW], HD) == 3 * 720 * 1280 * 3
 
 
@@ -38,8 +38,8 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: in
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     finding = doctor.check_shm(HD, tmp_path)
     assert finding.level == level
-    assert "full batches at 1280x720 take at most 3684 MB" in finding.text
-    assert ("--shm-size=4g" in finding.fix) == (level == "error")
+    assert "full batches at 1280x720 take at most 1729 MB" in finding.text
+    assert ("--shm-size=2g" in finding.fix) == (level == "error")
 
 
 def test_no_shared_memory(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_no_shared_memory(tmp_path: Path) -> None:
 def test_pools_too_small_for_the_resolution() -> None:
     cuda, pinned = doctor.check_pools(HD, ["8.9"])
     assert (cuda.level, pinned.level) == ("warn", "warn")
-    assert cuda.fix == "--cuda-memory-pool-byte-size=0:3221225472"
+    assert cuda.fix == "--cuda-memory-pool-byte-size=0:1677721600"
     assert pinned.fix == "--pinned-memory-pool-byte-size=671088640"
     assert {f.level for f in doctor.check_pools((16, 16), ["8.9"])} == {"ok"}
     assert {f.level for f in doctor.check_pools(HD, [])} == {"ok"}  # nothing to set without a GPU

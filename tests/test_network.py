@@ -7,9 +7,10 @@ from PIL import Image
 from tiny_network import TINY, random_window, shake
 
 from export import spec
-from export.network import BASELINE, PRUNED, MstGan, Widths, count
+from export.network import BASELINE, PRUNED, STUDENT, MstGan, Widths, count
 from export.network.bicubic import BicubicSubpixels
 from export.network.flow_align import FlowAlign
+from export.network.frames import frames_from_window, grey_levels
 from export.network.pixel_shuffle import PixelShuffle
 from export.network.warp import backward_warp
 
@@ -19,6 +20,10 @@ def test_budgets(widths: Widths, parameters: float, flops: float) -> None:
     found_parameters, found_flops = count(widths, (720, 1280))
     assert found_parameters == pytest.approx(parameters, rel=0.03)
     assert found_flops == pytest.approx(flops, rel=0.03)
+
+
+def test_student_does_a_quarter_of_the_pruned_work() -> None:
+    assert count(STUDENT)[1] / count(PRUNED)[1] == pytest.approx(0.25, abs=0.02)
 
 
 def test_pruned_layers_are_slices_of_the_baselines() -> None:
@@ -31,10 +36,9 @@ def test_pruned_layers_are_slices_of_the_baselines() -> None:
 
 
 def test_widths_suit_tensor_cores() -> None:
-    for widths in (BASELINE, PRUNED):
+    for widths in (BASELINE, PRUNED, STUDENT):
         numbers = [
-            *widths.flow,
-            widths.flow_refine,
+            widths.flow,
             *widths.encoder_inner,
             *widths.encoder_outer,
             *widths.laterals,
@@ -106,13 +110,14 @@ def test_warp_repeats_the_border() -> None:
     torch.testing.assert_close(backward_warp(image, flow), image[..., -1:].expand_as(image))
 
 
-def test_untrained_flow_is_zero() -> None:
-    lr_window = random_window(1, 32, 48)
+def test_untrained_flow_of_a_still_scene_is_zero() -> None:
+    lr_window = random_window(1, 32, 48)[:, :1].expand(-1, spec.WINDOW, -1, -1, -1)
     with torch.inference_mode():
         flow, aligned = FlowAlign(TINY)(lr_window)
-    assert not flow.any()
-    expected = lr_window.permute(0, 1, 4, 2, 3).reshape(1, 9, 32, 48).float() / 255
-    torch.testing.assert_close(aligned, expected, atol=1e-4, rtol=0)
+    assert flow.abs().max() < 1e-5
+    frames, news = aligned.split((spec.WINDOW * 3, spec.PHASES * 2), dim=1)
+    assert torch.equal(frames, lr_window.permute(0, 1, 4, 2, 3).reshape(1, 9, 32, 48))
+    assert (news == spec.NEUTRAL).all()
 
 
 def test_bicubic_skip_equals_pillow() -> None:
@@ -129,14 +134,30 @@ def test_untrained_network_is_bicubic() -> None:
     with torch.inference_mode():
         answer = MstGan(TINY)(lr_window)
         centre = lr_window[:, 1].permute(0, 3, 1, 2).float() / 255
-        expected = PixelShuffle()(BicubicSubpixels(3, spec.SCALE)(centre))
+        expected = PixelShuffle()(grey_levels(BicubicSubpixels(3, spec.SCALE)(centre)))
     assert torch.equal(answer, expected)
 
 
-def test_pixel_shuffle_rounds_clamps_and_orders() -> None:
-    hr = torch.rand(1, 3, 8, 12)
-    hr[0, 0, 0, :2] = torch.tensor([-0.5, 1.5])
+def test_grey_levels_clamp_and_round() -> None:
+    levels = torch.tensor([-127.5, -0.1, 0.4, 0.6, 254.4, 254.6, 1000.0])
+    assert grey_levels(levels / 255).tolist() == [0, 0, 0, 1, 254, 255, 255]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pixel_shuffle_is_torchs_with_channels_last(batch: int) -> None:
+    hr = torch.randint(0, 256, (batch, 3, 8, 12), dtype=torch.uint8)
     answer = PixelShuffle()(torch.pixel_unshuffle(hr, spec.SCALE))
-    expected = (hr.clamp(0, 1) * 255).round().to(torch.uint8)
-    assert answer.shape == (1, 8, 12, 3)
-    assert torch.equal(answer.permute(0, 3, 1, 2), expected)
+    assert answer.dtype == torch.uint8
+    assert torch.equal(answer, hr.permute(0, 2, 3, 1))
+
+
+def test_training_learns_from_what_is_not_rounded() -> None:
+    generator = shake(MstGan(TINY)).generator
+    lr_window = random_window(1, 20, 24)
+    flow = torch.rand(spec.FLOW.shape(1, (20, 24)))
+    aligned = torch.randint(0, 256, spec.ALIGNED.shape(1, (20, 24)), dtype=torch.uint8)
+    with torch.inference_mode():
+        unrounded = generator.generate(frames_from_window(lr_window), flow, aligned.float() / 255)
+        rounded = generator(lr_window, flow, aligned)
+    assert unrounded.dtype == torch.float32 and not torch.equal(255 * unrounded, (255 * unrounded).round())
+    assert torch.equal(rounded, grey_levels(unrounded))

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from test_quantize import feeds, psnr_db, run
+from test_quantize import feeds, psnr_db, run, session
 from tiny_network import run_build
 
 from export import plan, plan_gate, rungs, spec
@@ -82,21 +82,24 @@ def test_int8_is_symmetric_signed_with_float_biases(graphs: tuple[Path, list[Ver
     assert len(sums) == 4 + 3 + 1 + 1  # both inputs, the skip's too
 
 
-def test_frames_are_cast_at_the_edge(built: Path, graphs: tuple[Path, list[Verdict]]) -> None:
+def test_bytes_are_cast_at_the_edge(built: Path, graphs: tuple[Path, list[Verdict]]) -> None:
     for stage in (spec.FLOW_ALIGN, spec.PIXEL_SHUFFLE):
         before, after = stage_path(built / "build", stage), graphs[0] / f"{stage.name}.onnx"
         types = {v.type.tensor_type.elem_type for v in onnx.load(after).graph.value_info}
         assert TensorProto.UINT8 not in types
         inputs = feeds((20, 36))
-        inputs["subpixels"] = np.random.default_rng(0).random((1, 48, 20, 36), np.float32)
+        shape = spec.SUBPIXELS.shape(1, (20, 36))
+        inputs["subpixels"] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         inputs = {tensor.name: inputs[tensor.name] for tensor in stage.inputs}
         assert np.array_equal(run(after, inputs), run(before, inputs))
 
 
-def test_int8_answers_on_noise(built: Path, graphs: tuple[Path, list[Verdict]]) -> None:
-    inputs = feeds((20, 36))
+def test_int8_answers_as_its_parent(built: Path, graphs: tuple[Path, list[Verdict]]) -> None:
+    inputs = {"lr_window": calibration_windows()[0]}  # not one that it was calibrated on
+    flow, aligned = session(stage_path(built / "build", spec.FLOW_ALIGN)).run(None, inputs)
+    inputs |= {"flow": flow, "aligned": aligned}
     fp32 = run(built / "build/generator.onnx", inputs)
-    assert psnr_db(run(graphs[0] / "generator.int8.onnx", inputs), fp32) > 40
+    assert psnr_db(run(graphs[0] / "generator.int8.onnx", inputs), fp32) > 35  # its weights are random
 
 
 def test_a_refused_operator_is_named(tmp_path: Path) -> None:
@@ -223,17 +226,6 @@ def test_a_second_library_in_one_process_is_refused() -> None:
 
     with pytest.raises(ExportError, match="expected one library per process, found tensorrt after another"):
         plan.point_polygraphy_at("tensorrt", plan.load_library(RTX))
-
-
-@pytest.mark.parametrize("size", [(16, 16), (20, 36), (68, 160)])
-def test_stated_granules_change_no_value(
-    built: Path, graphs: tuple[Path, list[Verdict]], size: tuple[int, int]
-) -> None:
-    after = onnx.load(graphs[0] / "flow_align.onnx")
-    assert sum(node.name.endswith("_stated") for node in after.graph.node) == 2  # centre and neighbour
-    inputs = {"lr_window": feeds(size)["lr_window"]}
-    before = run(stage_path(built / "build", spec.FLOW_ALIGN), inputs)
-    assert np.array_equal(run(graphs[0] / "flow_align.onnx", inputs), before)
 
 
 STAND_IN = """

@@ -25,7 +25,7 @@ from export.training.prune import Group, SparseTrainer, find_groups, finish, pru
 from export.training.trainer import Trainer, TrainOptions
 
 WIDE = replace(
-    TINY, name="wide", flow=(16, 24, 12), flow_refine=16, encoder_inner=(12, 16, 20, 24),
+    TINY, name="wide", flow=16, encoder_inner=(12, 16, 20, 24),
     context_inner=16, detail_inner=12, up=16,
 )  # fmt: skip
 PLANTED = 5
@@ -87,10 +87,10 @@ def random_importance(groups: list[Group]) -> dict[str, Tensor]:
 
 def test_every_kind_of_layer_is_a_group() -> None:
     groups = {group.maker: group for group in find_groups(WIDE, TINY)}
-    assert len(groups) == 5 * 4 + 3 + 4 * 2 + 1 + 1 + 1
+    assert len(groups) == 3 + 4 * 2 + 1 + 1 + 1
     up = groups["generator.up2"]
     assert (up.reader, up.channels, up.kept, up.rows) == ("generator.up1", 16, 8, 4)
-    assert groups["flow_align.levels.3.hidden.6"].reader == "flow_align.levels.3.residual"
+    assert groups["flow_align.refine.hidden.4"].reader == "flow_align.refine.residual"
 
 
 def test_slicing_equals_masking(wide: MstGan) -> None:
@@ -106,7 +106,7 @@ def test_slicing_equals_masking(wide: MstGan) -> None:
         with gated(wide, masks):
             masked = answers(wide)
     for a, b, c in zip(cut, masked, whole, strict=True):
-        assert (a - b).abs().max() < 1e-6
+        assert (a - b).abs().max() < 3e-6
         assert (b - c).abs().max() > 1e-4  # the channels that went had been at work
     assert pruned.widths == TINY
     for layer, group in zip(report, groups, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from google.protobuf import text_format
@@ -317,6 +318,7 @@ def spoil_type(path: Path) -> None:
 
 def spoil_external(path: Path) -> None:
     model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "weight"))
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
 
 
@@ -325,9 +327,9 @@ def spoil_external(path: Path) -> None:
     [
         (spoil_missing, "does not exist: run `make export`"),
         (spoil_truncated, "is not a readable ONNX file"),
-        (spoil_empty, "expected inputs subpixels FLOAT, found none"),
+        (spoil_empty, "expected inputs subpixels UINT8, found none"),
         (spoil_names, "expected outputs hr_frame UINT8, found hr UINT8"),
-        (spoil_type, "expected inputs subpixels FLOAT, found subpixels FLOAT16"),
+        (spoil_type, "expected inputs subpixels UINT8, found subpixels FLOAT16"),
         (spoil_external, "found weights stored outside it"),
     ],
 )

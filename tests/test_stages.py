@@ -1,6 +1,7 @@
 """Stages after the first: learning from a teacher, a flow that is spared, saves that fail."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from export.checkpoint import load_checkpoint, save_checkpoint
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan
 from export.training.footage import SEGMENT, Clip
-from export.training.trainer import Trainer, TrainOptions
+from export.training.trainer import EMA_FILE, Trainer, TrainOptions
 
 STEPS = 4
 
@@ -65,7 +66,7 @@ def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) 
 
 def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
     def total(weight: float) -> tuple[float, float]:
-        o = options(teacher_weight=weight)
+        o = options(teacher_weight=weight, hint_weight=0.0)
         trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
         loss, parts = trainer.loss(trainer.sampler.batch(0, 2))
         return loss.item(), float(parts["teacher"])
@@ -75,10 +76,29 @@ def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_pat
     assert both - alone == pytest.approx(3 * distance, rel=1e-3)
 
 
+def test_features_guide_through_converters_of_their_own(
+    clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slim = replace(TINY, name="slim", laterals=(8, 8, 8, 8), detail=8)
+    monkeypatch.setitem(WIDTHS, slim.name, slim)
+    o = options(steps=1000, widths=slim.name, lr=2e-3, teacher_weight=3.0, hint_weight=1.0)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+    batch = trainer.sampler.batch(0, 2)
+    hints = [trainer.train_step(batch)["hints"] for _ in range(30)]
+    assert hints[-1] < 0.9 * hints[0]
+    trainer.save()
+    again = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+    expected, found = (t.imitation.adapters.state_dict() for t in (trainer, again) if t.imitation)
+    assert expected
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert load_checkpoint(tmp_path / "run" / EMA_FILE).widths == slim  # converters are not served
+
+
 def test_a_network_is_its_own_perfect_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
     trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", teacher, teacher)
     _, parts = trainer.loss(trainer.sampler.batch(0, 2))
     assert float(parts["teacher"]) == pytest.approx(1e-3, abs=1e-6)  # Charbonnier of nothing
+    assert parts["hints"] < 1e-5
 
 
 def test_flicker_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:

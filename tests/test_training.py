@@ -150,10 +150,10 @@ def test_known_motion_is_the_motion() -> None:
         assert after < 0.05 * before
         half = true_flow(motion, (128, 128), 2, (64, 64))
         torch.testing.assert_close(half, 0.5 * F.avg_pool2d(flow, 2), atol=1e-4, rtol=0)
-    estimate = Estimate(centre, neighbour, flow, 1)
-    assert motion_loss([estimate], batch.motion[:, 1:], (128, 128)) == pytest.approx(1e-3, abs=1e-4)
-    assert motion_loss([estimate], batch.motion[:, :1], (128, 128)) > 1
-    assert motion_loss([estimate], batch.motion[:, :1] * torch.nan, (128, 128)) == 0
+    estimate = Estimate(centre, neighbour, flow)
+    assert motion_loss(estimate, batch.motion[:, 1:], (128, 128)) == pytest.approx(1e-3, abs=1e-4)
+    assert motion_loss(estimate, batch.motion[:, :1], (128, 128)) > 1
+    assert motion_loss(estimate, batch.motion[:, :1] * torch.nan, (128, 128)) == 0
 
 
 def test_long_crops_are_windows_in_a_row(footage: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_flow_loss_prefers_the_true_motion() -> None:
 
     def loss(flow: torch.Tensor, smoothness: float = 0.1) -> float:
         centre = neighbour.roll(-2, -1)  # centre(x) = neighbour(x + 2)
-        return float(flow_loss([Estimate(centre, neighbour, flow, 1)], smoothness))
+        return float(flow_loss(Estimate(centre, neighbour, flow), smoothness))
 
     still, moved = torch.zeros(1, 2, 32, 40), torch.zeros(1, 2, 32, 40)
     moved[:, 0] = 2

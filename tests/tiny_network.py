@@ -11,8 +11,7 @@ from export.network import MstGan, Widths
 
 TINY = Widths(
     name="tiny",
-    flow=(8, 8, 8),
-    flow_refine=8,
+    flow=8,
     encoder_inner=(8, 8, 8, 8),
     context_inner=8,
     detail_inner=8,

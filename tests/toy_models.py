@@ -88,17 +88,19 @@ def _value_info(tensor: spec.TensorSpec) -> onnx.ValueInfoProto:
 
 
 def _flow_align() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
-    """Frames to NCHW in 0..1; the "flow" is their mean over each flow pixel, so it depends on the input."""
+    """Frames to NCHW, and as often again as there is room; the "flow" is their mean over each flow pixel."""
+    copies = -(-spec.ALIGNED.dims[0] // spec.CHANNELS)
     nodes = [
-        helper.make_node("Cast", ["lr_window"], ["levels"], to=TensorProto.FLOAT),
-        helper.make_node("Div", ["levels", "white"], ["scaled"]),
-        helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 1, 4, 2, 3]),
+        helper.make_node("Transpose", ["lr_window"], ["planes"], perm=[0, 1, 4, 2, 3]),
         *(
             helper.make_node("Gather", ["planes", f"frame_{i}"], [f"nchw_{i}"], axis=1)
             for i in range(spec.WINDOW)
         ),
-        helper.make_node("Concat", [f"nchw_{i}" for i in range(spec.WINDOW)], ["aligned"], axis=1),
-        helper.make_node("Slice", ["aligned", "zero", "flow_channels", "axis_1"], ["flow_source"]),
+        helper.make_node("Concat", [f"nchw_{i % spec.WINDOW}" for i in range(copies)], ["many"], axis=1),
+        helper.make_node("Slice", ["many", "zero", "aligned_channels", "axis_1"], ["aligned"]),
+        helper.make_node("Slice", ["many", "zero", "flow_channels", "axis_1"], ["flow_bytes"]),
+        helper.make_node("Cast", ["flow_bytes"], ["flow_levels"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["flow_levels", "white"], ["flow_source"]),
         helper.make_node(
             "AveragePool",
             ["flow_source"],
@@ -113,6 +115,7 @@ def _flow_align() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
         "axis_1": np.array([1]),
         "zero": np.array([0]),
         "flow_channels": np.array([spec.FLOW.dims[0]]),
+        "aligned_channels": np.array([spec.ALIGNED.dims[0]]),
     }
     return nodes, constants
 
@@ -129,6 +132,8 @@ def _generator() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
         "repeat": np.repeat(np.eye(spec.CHANNELS, dtype=np.float32), BLOCK, axis=0)[:, :, None, None],
         "stride": np.array([1, 1, spec.FLOW_STRIDE, spec.FLOW_STRIDE], np.float32),
         "small": np.array(0.05, np.float32),
+        "black": np.array(0, np.float32),
+        "one": np.array(1, np.float32),
     }
     nodes = [
         helper.make_node("Gather", ["lr_window", "centre"], ["frame"], axis=1),
@@ -137,7 +142,9 @@ def _generator() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
         helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),
         helper.make_node("Conv", ["planes", "repeat"], ["nearest"]),
         helper.make_node("Resize", ["flow", "", "stride"], ["flow_full"], mode="nearest"),
-        helper.make_node("Concat", ["flow_full", "aligned"], ["detail_0"], axis=1),
+        helper.make_node("Cast", ["aligned"], ["aligned_levels"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["aligned_levels", "white"], ["aligned_scaled"]),
+        helper.make_node("Concat", ["flow_full", "aligned_scaled"], ["detail_0"], axis=1),
     ]
     width_in = spec.FLOW.dims[0] + spec.ALIGNED.dims[0]
     for layer in range(DETAIL_LAYERS):
@@ -152,7 +159,11 @@ def _generator() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
         width_in = width_out
     nodes += [
         helper.make_node("Mul", [f"detail_{DETAIL_LAYERS}", "small"], ["detail"]),
-        helper.make_node("Add", ["nearest", "detail"], ["subpixels"]),
+        helper.make_node("Add", ["nearest", "detail"], ["unbounded"]),
+        helper.make_node("Clip", ["unbounded", "black", "one"], ["clipped"]),
+        helper.make_node("Mul", ["clipped", "white"], ["bytes"]),
+        helper.make_node("Round", ["bytes"], ["rounded"]),
+        helper.make_node("Cast", ["rounded"], ["subpixels"], to=TensorProto.UINT8),
     ]
     return nodes, constants
 
@@ -160,14 +171,6 @@ def _generator() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
 def _pixel_shuffle() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
     nodes = [
         helper.make_node("DepthToSpace", ["subpixels"], ["hr_planes"], blocksize=spec.SCALE, mode="CRD"),
-        helper.make_node("Clip", ["hr_planes", "black", "one"], ["clipped"]),
-        helper.make_node("Mul", ["clipped", "white"], ["levels"]),
-        helper.make_node("Round", ["levels"], ["rounded"]),
-        helper.make_node("Cast", ["rounded"], ["bytes"], to=TensorProto.UINT8),
-        helper.make_node("Transpose", ["bytes"], ["hr_frame"], perm=[0, 2, 3, 1]),
+        helper.make_node("Transpose", ["hr_planes"], ["hr_frame"], perm=[0, 2, 3, 1]),
     ]
-    return nodes, {
-        "black": np.array(0, np.float32),
-        "one": np.array(1, np.float32),
-        "white": np.array(255, np.float32),
-    }
+    return nodes, {}

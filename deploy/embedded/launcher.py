@@ -29,7 +29,7 @@ SHIM = Path(__file__).with_name("onnxruntime_backend") / "model.py"
 LOOPBACK = ("--http-address", "--grpc-address")  # metrics listen where HTTP does, unless told otherwise
 
 # No flags for shared memory: each instance's region starts at 1 MB and grows to what its batches need (with
-# batches of 4 at 1280x720 the generator's two grow to 929 MB each, and all six to 2.5 GB). Where /dev/shm is
+# batches of 4 at 1280x720 all six together take at most 1.7 GB). Where /dev/shm is
 # smaller, Triton answers the request with an error that says so. What matters is the size of /dev/shm.
 
 log = logging.getLogger("tritonserver")

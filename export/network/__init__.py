@@ -10,9 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from export.network.flow_align import FlowAlign
 from export.network.generator import Generator
 from export.network.pixel_shuffle import PixelShuffle
-from export.network.widths import BASELINE, PRUNED, WIDTHS, Widths
+from export.network.widths import BASELINE, PRUNED, STUDENT, WIDTHS, Widths
 
-__all__ = ["BASELINE", "PRUNED", "WIDTHS", "FlowAlign", "Generator", "MstGan", "PixelShuffle", "Widths"]
+__all__ = [
+    "BASELINE",
+    "PRUNED",
+    "STUDENT",
+    "WIDTHS",
+    "FlowAlign",
+    "Generator",
+    "MstGan",
+    "PixelShuffle",
+    "Widths",
+]
 
 
 class MstGan(nn.Module):

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from export.network.layers import zeroed
 from export.network.widths import Widths
 
-STEM = 64
-
 
 class Bottleneck(nn.Module):
     """ResNet's 1x1 -> 3x3 -> 1x1 residual block.
@@ -47,8 +45,8 @@ class Encoder(nn.Module):
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         outer, inner, depths = widths.encoder_outer, widths.encoder_inner, widths.encoder_depths
-        self.stem = nn.Conv2d(3, STEM, 7, stride=2, padding=3)
-        self.layer1 = _layer(STEM, inner[0], outer[0], depths[0], 1)
+        self.stem = nn.Conv2d(3, widths.stem, 7, stride=2, padding=3)
+        self.layer1 = _layer(widths.stem, inner[0], outer[0], depths[0], 1)
         self.layer2 = _layer(outer[0], inner[1], outer[1], depths[1], 2)
         self.layer3 = _layer(outer[1], inner[2], outer[2], depths[2], 2)
         self.layer4 = _layer(outer[2], inner[3], outer[3], depths[3], 2)

@@ -1,45 +1,44 @@
-"""Stage 1, flow alignment: a window of frames in, optical flow and neighbours warped to the centre out."""
+"""Stage 1, flow alignment: a window of frames in, optical flow and what the neighbours tell out."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.network.frames import frames_from_window
+from export.network.frames import frames_from_window, grey_levels
 from export.network.layers import conv3x3, zeroed
-from export.network.warp import backward_warp
+from export.network.lucas_kanade import LucasKanade, luma
+from export.network.warp import backward_warp, nearest_sample, upsample_flow
 from export.network.widths import Widths
-from export.spec import FLOW_STRIDE
+from export.spec import FLOW_STRIDE, NEUTRAL, SCALE
 
-LEVELS = 5  # coarse to fine, from 1/64 to 1/4 of the lr frame: reaches motion of about 64 x 2 px
-GRANULE = 2 ** (LEVELS - 1)  # the pyramid's base is padded to this many pixels so that every halving is exact
+LEVELS = 5  # coarse to fine: flow at 1/32 to 1/2 of the resolution; reaches motion of about 60 px
+GRANULE = 2**LEVELS  # frames are padded to this many pixels so that every halving is exact
+STEPS = 2  # of Lucas and Kanade at each level
+NEWS_GAIN = 2.0  # of the innovation, whose byte then spans +-1/4 of white: more is misalignment, not detail
 
 
 class Estimate(NamedTuple):
-    """A flow (M, 2, h, w), in pixels of its own resolution, between two images (M, 3, h, w)."""
+    """A flow (M, 2, h, w), in its own pixels, between two images (M, 3, h, w) of half the lr resolution."""
 
     centre: Tensor
     neighbour: Tensor
     flow: Tensor
-    stride: int
-    """Lr pixels per pixel of this estimate."""
 
 
-class FlowLevel(nn.Module):
-    """Estimates what is missing from an upsampled flow, given the centre and the warped neighbour."""
+class Refinement(nn.Module):
+    """Estimates what is missing from a flow, given the centre and the warped neighbour."""
 
-    def __init__(self, hidden: tuple[int, ...]) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        widths = (8, *hidden)
         layers: list[nn.Module] = []
-        for c_in, c_out in pairwise(widths):
-            layers += [conv3x3(c_in, c_out), nn.ReLU(inplace=True)]
+        for c_in in (8, hidden, hidden):
+            layers += [conv3x3(c_in, hidden), nn.ReLU(inplace=True)]
         self.hidden = nn.Sequential(*layers)
-        self.residual = zeroed(conv3x3(widths[-1], 2))  # untrained: no motion
+        self.residual = zeroed(conv3x3(hidden, 2))  # untrained: nothing is missing
 
     def forward(self, centre: Tensor, neighbour: Tensor, flow: Tensor) -> Tensor:
         """Refine ``flow`` (M, 2, h, w) between two (M, 3, h, w) images of its resolution."""
@@ -48,55 +47,69 @@ class FlowLevel(nn.Module):
         return flow + residual
 
 
-def upsample_flow(flow: Tensor) -> Tensor:
-    """Double the resolution of a flow, and with it its unit."""
-    return 2 * F.interpolate(flow, scale_factor=2.0, mode="bilinear", align_corners=False)
+def innovation(still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
+    """What a neighbour's own samples add to the centre frame, sorted by where between its pixels they lie.
+
+    Warping interpolates, and so throws away what super-resolution from several frames lives on: that the
+    neighbour sampled the scene at other places. Here each pixel of the centre is told of the neighbour's
+    nearest sample as it is: by how much it differs from what the centre interpolates at that very place (in
+    a Kalman filter, the innovation), shared out bilinearly among the sub-pixels around the place. Convolving
+    these with one set of weights filters every sub-pixel phase in its own way.
+
+    Args:
+        still: (M, 1, H, W) float32, grey centre frames, 0..1.
+        moving: same, neighbours.
+        flow: (M, 2, H, W) float32 from ``still`` to ``moving``, in pixels.
+
+    Returns:
+        (M, 16, H, W) float32, -0.5..0.5: difference times ``NEWS_GAIN``; sub-pixels in the order of a pixel
+        shuffle, row by row.
+    """
+    sample, offset = nearest_sample(moving, flow)
+    surprise = (NEWS_GAIN * (sample - backward_warp(still, offset))).clamp(-0.5, 0.5)
+    centres = (torch.arange(SCALE, dtype=flow.dtype, device=flow.device) + 0.5) / SCALE - 0.5
+    across, down = F.relu(1 - SCALE * (offset[:, :, None] - centres.view(1, 1, SCALE, 1, 1)).abs()).unbind(1)
+    return (surprise * down)[:, :, None].mul(across[:, None]).flatten(1, 2)
 
 
 class FlowAlign(nn.Module):
-    """One flow per neighbour, estimated on a reduced image, reused at every scale (paper 1, MSFA simplified).
+    """One flow per neighbour, estimated on reduced images, reused at every scale (paper 1, MSFA simplified).
 
-    The flow is found coarse to fine on frames of 1/4 resolution and refined once at 1/2. It is trained
-    from scratch.
+    Calculus finds it coarse to fine. One correction is learned, and at the finest level only: it sees no
+    farther than its few pixels, and so serves frames of any size though it is trained on crops. Corrections
+    learned at coarser levels, where a crop is a handful of pixels, did harm on whole frames.
     """
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
-        c1, c2, c3 = widths.flow
-        self.levels = nn.ModuleList(FlowLevel((c1, c2, c2, c3)) for _ in range(LEVELS))
-        self.refine = FlowLevel((widths.flow_refine,) * 3)
+        self.calculus = LucasKanade(STEPS)
+        self.refine = Refinement(widths.flow)
 
-    def estimate(self, centre: Tensor, neighbour: Tensor) -> list[Estimate]:
-        """Flow from ``centre`` to ``neighbour``, coarse to fine.
+    def estimate(self, frames: Tensor) -> Estimate:
+        """Flows from the centre to its neighbours: of the 2N pairs, at (H/2, W/2).
 
         Args:
-            centre: (M, 3, H, W) float32, 0..1; H and W multiples of 4.
-            neighbour: same.
-
-        Returns:
-            One estimate per level of the padded pyramid, then the answer at (H/2, W/2). Training judges
-            them all.
+            frames: (N, 3, 3, H, W) float32, 0..1; H and W multiples of 4.
         """
-        centre_half, neighbour_half = F.avg_pool2d(centre, 2), F.avg_pool2d(neighbour, 2)
-        centre_quarter, neighbour_quarter = F.avg_pool2d(centre_half, 2), F.avg_pool2d(neighbour_half, 2)
-        height, width = centre_quarter.shape[-2:]
-        padding = (0, -width % GRANULE, 0, -height % GRANULE)
-        pyramid = [
-            (F.pad(centre_quarter, padding, "replicate"), F.pad(neighbour_quarter, padding, "replicate"))
-        ]
+        height, width = frames.shape[-2:]
+        # As the difference to whole granules, not as a remainder: the exporter and TensorRT-RTX then see that
+        # every halving of a padded side is exact, without which the latter compiles no range of sizes.
+        below, right = ((side + GRANULE - 1) // GRANULE * GRANULE - side for side in (height, width))
+        grey = luma(frames).flatten(1, 2)
+        pyramid = [F.pad(grey, (0, right, 0, below), "replicate")]
         for _ in range(LEVELS - 1):
-            pyramid.append((F.avg_pool2d(pyramid[-1][0], 2), F.avg_pool2d(pyramid[-1][1], 2)))
+            pyramid.append(F.avg_pool2d(pyramid[-1], 2))
 
-        flow = torch.zeros_like(pyramid[-1][0][:, :2])
-        estimates: list[Estimate] = []
-        for index, (level, pair) in enumerate(zip(self.levels, reversed(pyramid), strict=True)):
-            if index:
-                flow = upsample_flow(flow)
-            flow = level(*pair, flow)
-            estimates.append(Estimate(*pair, flow, FLOW_STRIDE * GRANULE >> index))
-        flow = upsample_flow(flow[:, :, :height, :width])
-        flow = self.refine(centre_half, neighbour_half, flow)
-        return [*estimates, Estimate(centre_half, neighbour_half, flow, FLOW_STRIDE // 2)]
+        flow: Tensor | None = None
+        for level in reversed(pyramid):
+            still, moving = _pairs(level.unsqueeze(2))
+            start = torch.zeros_like(F.avg_pool2d(still, 2)).expand(-1, 2, -1, -1)
+            flow = self.calculus(still, moving, start if flow is None else upsample_flow(flow))
+        assert flow is not None
+        flow = flow[:, :, : height // 2, : width // 2]
+        half = F.avg_pool2d(frames.flatten(1, 2), 2).unflatten(1, frames.shape[1:3])
+        centre, neighbour = _pairs(half)
+        return Estimate(centre, neighbour, self.refine(centre, neighbour, flow))
 
     def forward(self, lr_window: Tensor) -> tuple[Tensor, Tensor]:
         """Align a window.
@@ -106,20 +119,29 @@ class FlowAlign(nn.Module):
 
         Returns:
             flow: (N, 4, H/4, W/4) float32, see ``spec.FLOW``.
-            aligned: (N, 9, H, W) float32, 0..1, see ``spec.ALIGNED``.
+            aligned: (N, 41, H, W) uint8, see ``spec.ALIGNED``.
         """
         flow, aligned, _ = self.align(frames_from_window(lr_window))
-        return flow, aligned
+        return flow, grey_levels(aligned)
 
-    def align(self, frames: Tensor) -> tuple[Tensor, Tensor, list[Estimate]]:
-        """As ``forward``, from (N, 3, 3, H, W) float32 frames, 0..1; and the estimates of all 2N pairs."""
+    def align(self, frames: Tensor) -> tuple[Tensor, Tensor, Estimate]:
+        """As ``forward``, from (N, 3, 3, H, W) float32 frames, 0..1, and with the estimate of all 2N pairs.
+
+        What is aligned is not rounded: (N, 41, H, W) float32, 0..1.
+        """
         n, _, c, h, w = frames.shape
-        centre = frames[:, 1]
-        # Both neighbours share the batch axis, so the network runs once for the pair.
-        neighbours = frames[:, ::2].reshape(2 * n, c, h, w)
-        estimates = self.estimate(torch.stack((centre, centre), dim=1).reshape(2 * n, c, h, w), neighbours)
-        flow_half = estimates[-1].flow
-        warped = backward_warp(neighbours, upsample_flow(flow_half)).reshape(n, 2 * c, h, w)
-        aligned = torch.cat((warped[:, :c], centre, warped[:, c:]), dim=1)
+        estimate = self.estimate(frames)
+        flow_half = estimate.flow
+        flow_full = upsample_flow(flow_half)
+        _, neighbours = _pairs(frames)
+        warped = backward_warp(neighbours, flow_full).reshape(n, 2 * c, h, w)
+        news = NEUTRAL / 255 + innovation(*_pairs(luma(frames)), flow_full).reshape(n, -1, h, w)
+        aligned = torch.cat((warped[:, :c], frames[:, 1], warped[:, c:], news), dim=1)
         flow = 0.5 * F.avg_pool2d(flow_half, 2)
-        return flow.reshape(n, 4, h // 4, w // 4), aligned, estimates
+        return flow.reshape(n, 4, h // FLOW_STRIDE, w // FLOW_STRIDE), aligned, estimate
+
+
+def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 3, C, h, w) -> centre and neighbour of 2N pairs, (2N, C, h, w) each: both run at once."""
+    neighbours = frames[:, ::2]
+    return frames[:, 1:2].expand_as(neighbours).flatten(0, 1), neighbours.flatten(0, 1)

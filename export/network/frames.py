@@ -1,7 +1,8 @@
-"""The stages' common first step: uint8 windows to float frames."""
+"""Between the uint8 images of the boundary and the float ones that the network computes on."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,8 @@ def frames_from_window(lr_window: Tensor) -> Tensor:
         (N, 3, 3, H, W) float32, frames then RGB, 0..1.
     """
     return lr_window.permute(0, 1, 4, 2, 3).float() / 255
+
+
+def grey_levels(image: Tensor) -> Tensor:
+    """Clamp and round: floating point, nominally 0..1 -> uint8, 0..255, of the same shape."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.network.bicubic import BicubicSubpixels
 from export.network.encoder import Encoder
-from export.network.frames import frames_from_window
+from export.network.frames import frames_from_window, grey_levels
 from export.network.layers import conv3x3, zeroed
 from export.network.warp import backward_warp
 from export.network.widths import Widths
-from export.spec import CHANNELS, SCALE, WINDOW
+from export.spec import ALIGNED, CHANNELS, NEUTRAL, SCALE, WINDOW
 
 
 class ResidualBlock(nn.Module):
@@ -67,6 +69,15 @@ class TopDown(nn.Module):
         return F.relu(fine + up[:, :, : fine.shape[-2], : fine.shape[-1]])
 
 
+class Features(NamedTuple):
+    """What a generator knows before its last convolution, and where its pyramid ends."""
+
+    context: Tensor
+    """(N, C, H/4, W/4)"""
+    detail: Tensor
+    """(N, C, H, W)"""
+
+
 class Generator(nn.Module):
     """ResNet-50 pyramid, alignment at 1/4 and 1/8, detail enhancement at full resolution (both papers)."""
 
@@ -88,7 +99,7 @@ class Generator(nn.Module):
         )
         self.up2 = conv3x3(c4, 4 * widths.up)
         self.up1 = conv3x3(widths.up, 4 * detail)
-        self.full = conv3x3(WINDOW * CHANNELS, detail)
+        self.full = conv3x3(ALIGNED.dims[0], detail)
         self.join = nn.Conv2d(2 * detail, detail, 1)
         self.detail = nn.Sequential(
             *(ResidualBlock(detail, widths.detail_inner) for _ in range(widths.detail_blocks))
@@ -102,15 +113,23 @@ class Generator(nn.Module):
         Args:
             lr_window: (N, 3, H, W, 3) uint8 RGB; H and W multiples of 4.
             flow: (N, 4, H/4, W/4) float32, see ``spec.FLOW``.
-            aligned: (N, 9, H, W) float32, 0..1, see ``spec.ALIGNED``.
+            aligned: (N, 41, H, W) uint8, see ``spec.ALIGNED``.
 
         Returns:
-            (N, 48, H, W) float32: sub-pixels, nominally 0..1, not clamped.
+            (N, 48, H, W) uint8: sub-pixels, see ``spec.SUBPIXELS``.
         """
-        return self.generate(frames_from_window(lr_window), flow, aligned)
+        return grey_levels(self.generate(frames_from_window(lr_window), flow, aligned.float() / 255))
 
     def generate(self, frames: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
-        """As ``forward``, from (N, 3, 3, H, W) float32 frames, 0..1."""
+        """As ``forward``, from (N, 3, 3, H, W) float32 frames and (N, 41, H, W) ``aligned``, both 0..1.
+
+        Returns:
+            (N, 48, H, W) float32: sub-pixels, not clamped.
+        """
+        return self.finish(self.features(frames, flow, aligned), frames)
+
+    def features(self, frames: Tensor, flow: Tensor, aligned: Tensor) -> Features:
+        """All but the last convolution; arguments as for ``generate``."""
         n, t, c, h, w = frames.shape
         quarter, eighth = self.encoder.shallow(frames.reshape(n * t, c, h, w))
         centre8 = eighth.reshape(n, t, *eighth.shape[1:])[:, 1]
@@ -123,6 +142,11 @@ class Generator(nn.Module):
 
         level2 = F.relu(F.pixel_shuffle(self.up2(level4), 2))
         level1 = F.relu(F.pixel_shuffle(self.up1(level2), 2))
-        full = F.relu(self.full(aligned))
+        # Around zero, or what the neighbours add would drown in a constant.
+        full = F.relu(self.full(aligned - NEUTRAL / 255))
         detail = self.detail(F.relu(self.join(torch.cat((full, level1), dim=1))))
-        return self.tail(detail) + self.skip(frames[:, 1])
+        return Features(level4, detail)
+
+    def finish(self, features: Features, frames: Tensor) -> Tensor:
+        """Sub-pixels (N, 48, H, W) from the features of (N, 3, 3, H, W) frames, 0..1; not clamped."""
+        return self.tail(features.detail) + self.skip(frames[:, 1])

@@ -1,18 +1,23 @@
-"""Stage 3, pixel-shuffle postprocess: sub-pixels in, the 8-bit hr frame out."""
+"""Stage 3, pixel-shuffle postprocess: the hr frame's sub-pixels in, its pixels out."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.spec import SCALE
+from export.spec import CHANNELS, SCALE
 
 
 class PixelShuffle(nn.Module):
-    """Rearranges, clamps and rounds in the graph, so that a quarter of the bytes leaves the server."""
+    """A rearrangement of bytes, in two steps that ONNX Runtime's CPU provider is fast at.
+
+    It transposes two axes by runs of bytes, more of them one byte at a time. DepthToSpace and a transpose to
+    channels last take 2.5 times as long at 320x180, the six axes at once 8 times.
+    """
 
     def forward(self, subpixels: Tensor) -> Tensor:
-        """(N, 48, H, W) float, nominally 0..1 -> (N, 4H, 4W, 3) uint8 RGB."""
-        hr = F.pixel_shuffle(subpixels, SCALE)
-        return (hr.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        """(N, 48, H, W) -> (N, 4H, 4W, 3); any type."""
+        n, _, h, w = subpixels.shape
+        split = subpixels.reshape(n, CHANNELS, SCALE, SCALE, h, w)  # n, c, y, x, h, w
+        rows = split.permute(0, 4, 2, 3, 1, 5).reshape(n, h, SCALE, SCALE * CHANNELS, w)  # n, h, y, (x, c), w
+        pixels = rows.permute(0, 1, 2, 4, 3)  # n, h, y, w, (x, c)
+        return pixels.reshape(n, SCALE * h, SCALE * w, CHANNELS)

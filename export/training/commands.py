@@ -110,6 +110,7 @@ def _load_footage(
     help="Checkpoint whose answers are learned too.",
 )
 @click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
+@click.option("--hint-weight", default=0.01, help="Of its features, within the teacher's weight.")
 @click.option(
     "--temporal-weight", type=float, show_default="0; adversarial: 0.5",
     help="Of flicker between consecutive answers.",
@@ -136,7 +137,8 @@ def _load_footage(
 @click.option("--lr", type=float, show_default="4e-4; adversarial: 1e-4", help="Peak learning rate.")
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
-    objective: str, teacher: Path | None, teacher_weight: float, temporal_weight: float | None,
+    objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
+    temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
     weights: Path | None, flow_lr: float, freeze_flow: int, photo_share: float, widths: str, steps: int,
     minutes: float | None, batch: int, patch: int, lr: float | None, warmup: int, seed: int,
@@ -187,7 +189,7 @@ def train(
     distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
     instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
     options = TrainOptions(
-        objective=objective, teacher_weight=teacher_weight,
+        objective=objective, teacher_weight=teacher_weight, hint_weight=hint_weight,
         temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
         perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
         discriminator_lr=discriminator_lr,
@@ -289,7 +291,7 @@ def train_all(
     cache: Path, minutes: float, steps: int, photo_share: float, batch: int, patch: int, seed: int,
     compiled: bool, hold: bool,
 ) -> None:  # fmt: skip
-    """Train every checkpoint within a budget of time: flow, baseline, pruned, perceptual, student.
+    """Train every checkpoint within a budget of time: baseline, pruned, perceptual, student.
 
     Ctrl-C saves, the same command goes on. export/training/recipe.py has the stages and their shares.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from export.network import MstGan, PixelShuffle
 from export.network.bicubic import BicubicSubpixels
+from export.network.frames import grey_levels
 from export.spec import CHANNELS, MULTIPLE_OF, SCALE, WINDOW
 from export.training.degradations import degrade
 from export.training.flicker import flows, tof
@@ -94,7 +95,7 @@ class _Segment:
 def bicubic(lr_window: Tensor) -> Tensor:
     """The centre frame upscaled by Keys' cubic: what every score is compared with."""
     centre = lr_window[:, MARGIN].permute(0, 3, 1, 2).float() / 255
-    return PixelShuffle()(BicubicSubpixels(CHANNELS, SCALE)(centre))
+    return PixelShuffle()(grey_levels(BicubicSubpixels(CHANNELS, SCALE)(centre)))
 
 
 def single(network: Upscale) -> Upscale:

@@ -22,26 +22,23 @@ def charbonnier(a: Tensor, b: Tensor) -> Tensor:
     return torch.sqrt((a - b) ** 2 + EPSILON**2).mean()
 
 
-def flow_loss(estimates: Sequence[Estimate], smoothness: float) -> Tensor:
-    """Warp loss at every level, plus edge-aware total variation: no torn motion (paper 1).
+def flow_loss(estimate: Estimate, smoothness: float) -> Tensor:
+    """Warp loss, plus edge-aware total variation: no torn motion (paper 1).
 
     Args:
-        estimates: of all levels, from ``FlowAlign.align``.
+        estimate: from ``FlowAlign.align``.
         smoothness: weight of the total variation.
     """
-    losses = [
-        charbonnier(backward_warp(level.neighbour, level.flow), level.centre)
-        + smoothness * _edge_aware_variation(level.flow, level.centre)
-        for level in estimates
-    ]
-    return torch.stack(losses).mean()
+    centre, neighbour, flow = estimate
+    warp = charbonnier(backward_warp(neighbour, flow), centre)
+    return warp + smoothness * _edge_aware_variation(flow, centre)
 
 
-def motion_loss(estimates: Sequence[Estimate], motion: Tensor, lr_size: Size) -> Tensor:
-    """Mean error of the flow, in pixels of each level, where the motion is known.
+def motion_loss(estimate: Estimate, motion: Tensor, lr_size: Size) -> Tensor:
+    """Mean error of the flow, in its pixels, where the motion is known.
 
     Args:
-        estimates: of all levels, from ``FlowAlign.align``, for N windows.
+        estimate: from ``FlowAlign.align``, for N windows.
         motion: (N, 2, 2, 3), see ``windows.Batch``; rows of NaN are left out.
         lr_size: (height, width) of the lr frames.
     """
@@ -49,11 +46,9 @@ def motion_loss(estimates: Sequence[Estimate], motion: Tensor, lr_size: Size) ->
     known = ~motion.isnan().any(-1).any(-1)
     if not known.any():
         return motion.new_zeros(())
-    losses = [
-        charbonnier(level.flow[known], true_flow(motion[known], lr_size, level.stride, level.flow.shape[-2:]))
-        for level in estimates
-    ]
-    return torch.stack(losses).mean()
+    flow = estimate.flow[known]
+    stride = lr_size[0] // flow.shape[-2]
+    return charbonnier(flow, true_flow(motion[known], lr_size, stride, flow.shape[-2:]))
 
 
 def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
@@ -66,7 +61,7 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
     Args:
         errors: (N, K, 3, H, W), answers less truth of K consecutive hr frames.
         flow: (2NK, 2, H/8, W/8), of the last ``Estimate`` for their windows; only used, not taught.
-        aligned: (NK, 9, H/4, W/4), see ``spec.ALIGNED``.
+        aligned: (NK, 41, H/4, W/4) float32, 0..1, see ``spec.ALIGNED``.
     """
     n, k, _, h, w = errors.shape
     # The last answer of a crop has no next; of each window's two neighbours the second is the next frame.
@@ -74,7 +69,8 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
     unit = SCALE * FLOW_STRIDE // 2  # hr pixels per pixel of a flow at half the lr resolution
     to_next = unit * F.interpolate(to_next, scale_factor=float(unit), mode="bilinear", align_corners=False)
     frames = aligned.detach().unflatten(0, (n, k))[:, :-1].flatten(0, 1)
-    misfit = (frames[:, 2 * CHANNELS :] - frames[:, CHANNELS : 2 * CHANNELS]).abs().mean(1, keepdim=True)
+    centre, warped = frames[:, CHANNELS : 3 * CHANNELS].chunk(2, dim=1)
+    misfit = (warped - centre).abs().mean(1, keepdim=True)
     fits = F.avg_pool2d(misfit, 3, stride=1, padding=1, count_include_pad=False) < MISALIGNED
     mask = F.interpolate(fits.float(), size=(h, w), mode="nearest")
     moved = backward_warp(errors[:, 1:].flatten(0, 1), to_next)

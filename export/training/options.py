@@ -38,6 +38,8 @@ class TrainOptions:
     """Of the known motion of photos, beside the warp loss."""
     teacher_weight: float = 1.0
     """Of the distance to the teacher's answer, beside the distance to the truth; used with a teacher."""
+    hint_weight: float = 0.01
+    """Of the distance to the teacher's features, within what is learned from it: its answer counts."""
     temporal_weight: float = 0.0
     """Of the temporal loss, see ``losses.temporal_loss``; above 0, crops are five frames long."""
     perceptual_weight: float = 1.0

@@ -61,13 +61,10 @@ class Link:
     """Four where a pixel shuffle by two lies between: it folds four consecutive channels into one."""
 
 
-_FLOW_HIDDEN = r"(flow_align\.(?:levels\.\d+|refine)\.hidden)"
 _BOTTLENECK = r"(generator\.encoder\.layer\d+\.\d+)"
 LINKS = (
-    Link(_FLOW_HIDDEN + r"\.0", r"\1.2"),
-    Link(_FLOW_HIDDEN + r"\.2", r"\1.4"),
-    Link(r"(flow_align\.levels\.\d+\.hidden)\.4", r"\1.6"),
-    Link(r"(flow_align\.levels\.\d+)\.hidden\.6", r"\1.residual"),
+    Link(r"(flow_align\.refine\.hidden)\.0", r"\1.2"),
+    Link(r"(flow_align\.refine\.hidden)\.2", r"\1.4"),
     Link(r"(flow_align\.refine)\.hidden\.4", r"\1.residual"),
     Link(_BOTTLENECK + r"\.reduce", r"\1.spatial"),
     Link(_BOTTLENECK + r"\.spatial", r"\1.expand"),

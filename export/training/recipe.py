@@ -34,7 +34,7 @@ class Stage:
     """Of its run folder."""
     widths: str
     share: float
-    """Of the time; shares are scaled to the stages there are."""
+    """Of the time, in proportion."""
     objective: str = "fidelity"
     start: str | None = None
     """Stage whose answer it starts from."""
@@ -46,7 +46,6 @@ class Stage:
     """File name of the checkpoint, if this is one to serve."""
     lr: float = 4e-4
     warmup: int = 500
-    flow_lr: float = 1.0
     temporal_weight: float = 0.0
     validate_every: int = 2000
 
@@ -58,11 +57,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("flow", "baseline", 0.08, objective="flow", lr=1e-3, warmup=100),
-    Stage("baseline", "baseline", 0.37, start="flow", flow_lr=0.5, delivers="mst_gan_baseline"),
+    Stage("baseline", "baseline", 0.45, delivers="mst_gan_baseline"),
     Stage("sparse", "baseline", 0.10, start="baseline", prunes_to="pruned", lr=1e-4, warmup=100),
     Stage(
-        "pruned", "pruned", 0.18, start="sparse", teacher="baseline", lr=2e-4, warmup=100, flow_lr=0.5,
+        "pruned", "pruned", 0.18, start="sparse", teacher="baseline", lr=2e-4, warmup=100,
         delivers="mst_gan_pruned",
     ),
     Stage(
@@ -85,13 +83,9 @@ class Footage:
 
 
 def planned() -> list[Stage]:
-    """The stages whose width tables there are; their shares sum to 1, less the reserve."""
-    stages = [stage for stage in STAGES if {stage.widths, stage.prunes_to or stage.widths} <= WIDTHS.keys()]
-    for stage in STAGES:
-        if stage not in stages:
-            log.warning("stage %s is left out: there are no %r widths", stage.name, stage.widths)
-    total = sum(stage.share for stage in stages)
-    return [replace(stage, share=(1 - RESERVE) * stage.share / total) for stage in stages]
+    """The stages; their shares sum to 1, less the reserve."""
+    total = sum(stage.share for stage in STAGES)
+    return [replace(stage, share=(1 - RESERVE) * stage.share / total) for stage in STAGES]
 
 
 def train_all(
@@ -154,7 +148,6 @@ def _options(stage: Stage, options: TrainOptions, minutes: float) -> TrainOption
         objective=stage.objective,
         lr=stage.lr,
         warmup=stage.warmup,
-        flow_lr=stage.flow_lr,
         temporal_weight=stage.temporal_weight,
         validate_every=stage.validate_every,
         # As many windows per step, whatever the crops' length.

@@ -11,7 +11,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 FIELDS = (
-    "step", "pixel", "teacher", "flow", "temporal", "perceptual", "adversarial", "discriminator",
+    "step", "pixel", "teacher", "hints", "flow", "temporal", "perceptual", "adversarial", "discriminator",
     "lr", "step_s", "gain_db", "lpips", "tof_px",
 )  # fmt: skip
 

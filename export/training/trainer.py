@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from export.checkpoint import save_checkpoint
@@ -26,6 +27,7 @@ from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.adversarial import Adversary
 from export.training.evaluation import Instruments, Score, evaluate, mean
 from export.training.footage import Clip
+from export.training.imitation import Imitation
 from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
@@ -34,6 +36,8 @@ from export.training.selection import Selection, watched
 from export.training.windows import Batch, WindowSampler, downscale, windowed
 
 log = logging.getLogger(__name__)
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 STATE_FILE = "state.pt"
 EMA_FILE = "ema.safetensors"
@@ -87,16 +91,18 @@ class Trainer:
         self.network = _placed(MstGan(WIDTHS[options.widths]), self.device)
         if init:
             self.network.load_state_dict(init.state_dict())
-        self.align, self.generate = self.network.flow_align.align, self.network.generator.generate
+        self.align, self.features = self.network.flow_align.align, self.network.generator.features
         if options.compile:
-            self.align, self.generate = torch.compile(self.align), torch.compile(self.generate)
+            self.align, self.features = torch.compile(self.align), torch.compile(self.features)
         self.ema = _placed(MstGan(self.network.widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
-        self.teacher = _placed(teacher, self.device).eval().requires_grad_(False) if teacher else None
+        self.imitation = _placed(Imitation(teacher, self.network.widths), self.device) if teacher else None
         groups = [
             {"params": list(self.network.flow_align.parameters()), "scale": options.flow_lr},
             {"params": list(self.network.generator.parameters()), "scale": 1.0},
         ]
+        if self.imitation and (adapters := list(self.imitation.adapters.parameters())):
+            groups.append({"params": adapters, "scale": 1.0})
         self.optimizer = torch.optim.Adam(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
         self.sampler = WindowSampler(
             clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
@@ -136,6 +142,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         # The options of this run count, as for the learning rate itself.
         self.optimizer.param_groups[0]["scale"] = self.options.flow_lr
+        if self.imitation:
+            self.imitation.adapters.load_state_dict(state["adapters"])
         if self.adversary and self.selection:
             if "adversary" not in state:
                 raise ExportError(
@@ -163,6 +171,8 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.imitation:
+            state["adapters"] = self.imitation.adapters.state_dict()
         if self.adversary and self.selection:
             state |= {"adversary": self.adversary.state_dict(), "selection": self.selection.state_dict()}
         with self._guard(partial):
@@ -173,7 +183,7 @@ class Trainer:
     def _save_average(self, path: Path) -> None:
         recipe = {
             **asdict(self.options),
-            "teacher": self.teacher.widths.name if self.teacher else None,
+            "teacher": self.imitation.teacher.widths.name if self.imitation else None,
             "step": self.step,
             "spent_s": round(self.spent_s),
             "device": self.device.type,
@@ -213,27 +223,28 @@ class Trainer:
         lr_size = (h // SCALE, w // SCALE)
         frames, motion_known = windowed(downscale(batch.hr_windows), batch.motion)
         # In FP32: bf16 is too coarse for motion.
-        flow, aligned, estimates = self.align(frames)
-        motion = flow_loss(estimates, o.flow_smoothness)
-        motion = motion + o.motion_weight * motion_loss(estimates, motion_known, lr_size)
+        flow, aligned, estimate = self.align(frames)
+        motion = flow_loss(estimate, o.flow_smoothness)
+        motion = motion + o.motion_weight * motion_loss(estimate, motion_known, lr_size)
         if o.objective == "flow":
             return motion, {"flow": motion.detach()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=o.bf16):
-            subpixels = self.generate(frames, flow, aligned)
-        answer = subpixels.float()
+            features = self.features(frames, flow, aligned)
+            answer = self.network.generator.finish(features, frames).float()
         truth = batch.hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
         pixel = charbonnier(answer, F.pixel_unshuffle(truth.flatten(0, 1), SCALE))
         total = pixel + o.flow_weight * motion
         parts = {"pixel": pixel.detach(), "flow": motion.detach()}
-        if self.teacher:
-            imitation = charbonnier(answer, self._taught(self.teacher, frames))
-            total = total + o.teacher_weight * imitation
-            parts["teacher"] = imitation.detach()
+        if self.imitation:
+            taught = self.imitation.taught(frames, o.bf16)
+            distance, hints = self.imitation.distances(answer, features, taught)
+            total = total + o.teacher_weight * (distance + o.hint_weight * hints)
+            parts |= {"teacher": distance.detach(), "hints": hints.detach()}
         if self.length == WINDOW:
             return total, parts
         answers = F.pixel_shuffle(answer, SCALE).reshape(n, length - WINDOW + 1, CHANNELS, h, w)
         if o.temporal_weight > 0:
-            temporal = temporal_loss(answers - truth, estimates[-1].flow, aligned)
+            temporal = temporal_loss(answers - truth, estimate.flow, aligned)
             total = total + o.temporal_weight * temporal
             parts["temporal"] = temporal.detach()
         if self.adversary:
@@ -242,13 +253,6 @@ class Trainer:
             total = total + verdict
             parts |= more
         return total, parts
-
-    @torch.no_grad()
-    def _taught(self, teacher: MstGan, frames: Tensor) -> Tensor:
-        """The teacher's sub-pixels, (N, 48, h, w) float32, in the arithmetic of the student."""
-        flow, aligned, _ = teacher.flow_align.align(frames)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            return teacher.generator.generate(frames, flow, aligned).float()
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update; raises ExportError when the loss stops being a number."""
@@ -355,7 +359,7 @@ class Trainer:
                 )  # fmt: skip
 
 
-def _placed(network: MstGan, device: torch.device) -> MstGan:
+def _placed(network: _Network, device: torch.device) -> _Network:
     """On the device, in the layout its convolutions are fastest in."""
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     return network
