@@ -76,7 +76,7 @@ peers: setup  ## Measure the papers' rivals beside ours, network by network
 bench: $(MODELS) perf-tools  ## File-to-file throughput against bare ONNX Runtime
 	$(BIN)/python -m perf.overhead
 
-measure: sweep bench peers report  ## These three and the report: 25 minutes on two quiet cores  (make -k: go on after a failure)
+measure: sweep bench peers report  ## These three and the report: half an hour on two quiet cores  (make -k: go on after a failure)
 
 gpu: $(MODELS)  ## PyTorch and the served targets on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
 	$(BIN)/python -m perf.gpu $(GPU_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from deploy.embedded.server import TritonServer
 from export import parity, repository
 from export.checkpoint import save_checkpoint
 from export.network import WIDTHS, MstGan
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and with them every client they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
