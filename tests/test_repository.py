@@ -85,7 +85,7 @@ def test_stage_batches_on_two_streams(name: str) -> None:
     assert config.default_model_filename == "model.onnx"
     assert config.max_batch_size == 4
     assert list(config.dynamic_batching.preferred_batch_size) == [4]
-    assert 0 < config.dynamic_batching.max_queue_delay_microseconds <= 10_000
+    assert config.dynamic_batching.max_queue_delay_microseconds == spec.MAX_QUEUE_DELAY_US
     assert [(group.name, group.count, group.kind) for group in config.instance_group] == [
         ("stream_0", 1, pb.ModelInstanceGroup.KIND_AUTO),
         ("stream_1", 1, pb.ModelInstanceGroup.KIND_AUTO),
