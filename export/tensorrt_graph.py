@@ -8,7 +8,6 @@ refused.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 
 import onnx
@@ -24,23 +23,8 @@ OPERATORS = ("Conv", "Add")  # Q/DQ at their inputs, so that convolution, sum an
 def tensorrt_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """Cast frames to float first and to bytes last."""
     model = copy.deepcopy(model)
-    graph = model.graph
-    readers = Counter(name for node in graph.node for name in node.input)
-    bytes_in = {v.name for v in graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8}
-    for first in graph.node:
-        reading = [node for node in graph.node if first.output[0] in node.input]
-        if len(reading) != 1 or readers[first.output[0]] != 1:
-            continue
-        (second,) = reading
-        if (first.op_type, second.op_type) == ("Transpose", "Cast") and first.input[0] in bytes_in:
-            first.op_type, second.op_type = second.op_type, first.op_type
-            attributes = list(first.attribute)
-            del first.attribute[:]
-            first.attribute.extend(second.attribute)
-            del second.attribute[:]
-            second.attribute.extend(attributes)
-    _cast_at_the_edge(graph)
-    del graph.value_info[:]  # types have moved with the casts
+    _cast_at_the_edge(model.graph)
+    del model.graph.value_info[:]  # types have moved with the casts
     return onnx.shape_inference.infer_shapes(model)
 
 

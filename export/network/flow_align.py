@@ -85,27 +85,25 @@ class FlowAlign(nn.Module):
         self.calculus = LucasKanade(STEPS)
         self.refine = Refinement(widths.flow)
 
-    def estimate(self, frames: Tensor) -> Estimate:
+    def estimate(self, frames: Tensor, grey: Tensor) -> Estimate:
         """Flows from the centre to its neighbours: of the 2N pairs, at (H/2, W/2).
 
         Args:
             frames: (N, 3, 3, H, W) float32, 0..1; H and W multiples of 4.
+            grey: (N, 3, 1, H, W), their luma.
         """
         height, width = frames.shape[-2:]
         # As the difference to whole granules, not as a remainder: the exporter and TensorRT-RTX then see that
         # every halving of a padded side is exact, without which the latter compiles no range of sizes.
         below, right = ((side + GRANULE - 1) // GRANULE * GRANULE - side for side in (height, width))
-        grey = luma(frames).flatten(1, 2)
-        pyramid = [F.pad(grey, (0, right, 0, below), "replicate")]
+        pyramid = [F.pad(grey.flatten(1, 2), (0, right, 0, below), "replicate")]
         for _ in range(LEVELS - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
 
-        flow: Tensor | None = None
-        for level in reversed(pyramid):
-            still, moving = _pairs(level.unsqueeze(2))
-            start = torch.zeros_like(F.avg_pool2d(still, 2)).expand(-1, 2, -1, -1)
-            flow = self.calculus(still, moving, start if flow is None else upsample_flow(flow))
-        assert flow is not None
+        still, moving = _pairs(pyramid[-1].unsqueeze(2))
+        flow = self.calculus(still, moving, torch.zeros_like(F.avg_pool2d(still, 2)).expand(-1, 2, -1, -1))
+        for level in reversed(pyramid[:-1]):
+            flow = self.calculus(*_pairs(level.unsqueeze(2)), upsample_flow(flow))
         flow = flow[:, :, : height // 2, : width // 2]
         half = F.avg_pool2d(frames.flatten(1, 2), 2).unflatten(1, frames.shape[1:3])
         centre, neighbour = _pairs(half)
@@ -130,12 +128,13 @@ class FlowAlign(nn.Module):
         What is aligned is not rounded: (N, 41, H, W) float32, 0..1.
         """
         n, _, c, h, w = frames.shape
-        estimate = self.estimate(frames)
+        grey = luma(frames)
+        estimate = self.estimate(frames, grey)
         flow_half = estimate.flow
         flow_full = upsample_flow(flow_half)
         _, neighbours = _pairs(frames)
         warped = backward_warp(neighbours, flow_full).reshape(n, 2 * c, h, w)
-        news = NEUTRAL / 255 + innovation(*_pairs(luma(frames)), flow_full).reshape(n, -1, h, w)
+        news = NEUTRAL / 255 + innovation(*_pairs(grey), flow_full).reshape(n, -1, h, w)
         aligned = torch.cat((warped[:, :c], frames[:, 1], warped[:, c:], news), dim=1)
         flow = 0.5 * F.avg_pool2d(flow_half, 2)
         return flow.reshape(n, 4, h // FLOW_STRIDE, w // FLOW_STRIDE), aligned, estimate

@@ -60,7 +60,7 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
 
     Args:
         errors: (N, K, 3, H, W), answers less truth of K consecutive hr frames.
-        flow: (2NK, 2, H/8, W/8), of the last ``Estimate`` for their windows; only used, not taught.
+        flow: (2NK, 2, H/8, W/8), of the ``Estimate`` for their windows; only used, not taught.
         aligned: (NK, 41, H/4, W/4) float32, 0..1, see ``spec.ALIGNED``.
     """
     n, k, _, h, w = errors.shape
