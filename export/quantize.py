@@ -58,7 +58,7 @@ OPERATORS = (
 POSITIONS = {"GridSample": 1, "Gather": 1, "MatMul": 0}
 
 # What stands between an image's bytes and the network: moving and scaling; and that around zero.
-MOVES = ("Transpose", "Cast", "Div", "Reshape", "Gather")
+MOVES = ("Transpose", "Cast", "Div", "Reshape", "Gather", "Concat")
 SHIFTS = ("Sub", "DequantizeLinear")
 
 Levels = tuple[float, int, int, int]

@@ -56,8 +56,8 @@ FLOW = TensorSpec("flow", "FP32", (2 * (WINDOW - 1), -1, -1), stride=FLOW_STRIDE
 """Displacement in pixels of its own resolution: t->t-1 (x, y), then t->t+1 (x, y)."""
 
 PHASES = SCALE**2  # places within a pixel of the centre frame where a neighbour's sample may lie
-ALIGNED = TensorSpec("aligned", "UINT8", (WINDOW * CHANNELS + PHASES * (WINDOW - 1), -1, -1))
-"""t-1 warped to t, t, t+1 warped to t, RGB 0..255; then what t-1, and what t+1, adds to each sub-pixel of t,
+ALIGNED = TensorSpec("aligned", "UINT8", (CHANNELS + (WINDOW - 1) * (1 + PHASES), -1, -1))
+"""t, RGB; t-1 and t+1 warped to t, grey; 0..255. Then what t-1, and what t+1, adds to each sub-pixel of t,
 ``NEUTRAL`` = nothing, see ``network.flow_align.innovation``."""
 
 NEUTRAL = 128  # of 0..255: the byte that stands for zero where a tensor holds signed values

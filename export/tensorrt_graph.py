@@ -74,6 +74,9 @@ def _cast_at_the_edge(graph: onnx.GraphProto) -> None:
         if value.type.tensor_type.elem_type != TensorProto.UINT8 or maker.op_type == "Cast":
             continue
         half = f"{value.name}_float16"
+        for node in nodes:
+            if node.op_type == "Cast" and node.output[0] in maker.input:
+                node.attribute[0].i = TensorProto.FLOAT16
         maker.output[:] = [half if name == value.name else name for name in maker.output]
         nodes.append(helper.make_node("Cast", [half], [value.name], value.name, to=TensorProto.UINT8))
     del graph.node[:]

@@ -38,7 +38,7 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: in
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     finding = doctor.check_shm(HD, tmp_path)
     assert finding.level == level
-    assert "full batches at 1280x720 take at most 1729 MB" in finding.text
+    assert "full batches at 1280x720 take at most 1673 MB" in finding.text
     assert ("--shm-size=2g" in finding.fix) == (level == "error")
 
 
@@ -49,7 +49,7 @@ def test_no_shared_memory(tmp_path: Path) -> None:
 def test_pools_too_small_for_the_resolution() -> None:
     cuda, pinned = doctor.check_pools(HD, ["8.9"])
     assert (cuda.level, pinned.level) == ("warn", "warn")
-    assert cuda.fix == "--cuda-memory-pool-byte-size=0:1677721600"
+    assert cuda.fix == "--cuda-memory-pool-byte-size=0:1610612736"
     assert pinned.fix == "--pinned-memory-pool-byte-size=671088640"
     assert {f.level for f in doctor.check_pools((16, 16), ["8.9"])} == {"ok"}
     assert {f.level for f in doctor.check_pools(HD, [])} == {"ok"}  # nothing to set without a GPU

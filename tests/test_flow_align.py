@@ -8,7 +8,7 @@ from tiny_network import TINY
 from export.network.flow_align import NEWS_GAIN, FlowAlign, innovation
 from export.network.lucas_kanade import LucasKanade
 from export.network.warp import backward_warp, upsample_flow
-from export.spec import SCALE
+from export.spec import NEUTRAL, SCALE
 
 H, W = 40, 56
 
@@ -35,7 +35,9 @@ def constant_flow(x: float, y: float, height: int = H, width: int = W) -> torch.
 def test_calculus_finds_a_fraction_of_a_pixel(shift: tuple[float, float]) -> None:
     centre, motion = texture(), constant_flow(*shift)
     neighbours = torch.cat((backward_warp(centre, -motion), centre))
-    found = LucasKanade(steps=3)(centre.expand_as(neighbours), neighbours, torch.zeros(2, 2, H // 2, W // 2))
+    found = torch.zeros(2, 2, H // 2, W // 2)
+    for _ in range(3):
+        found = LucasKanade()(centre.expand_as(neighbours), neighbours, found)
     assert found[1].abs().max() < 1e-4  # the second neighbour is the centre itself
     error = (upsample_flow(found[:1]) - motion).norm(dim=1)[:, 6:-6, 6:-6]
     assert error.mean() < 0.25 * motion.norm(dim=1).mean()  # not less: damped where the picture is flat
@@ -43,12 +45,12 @@ def test_calculus_finds_a_fraction_of_a_pixel(shift: tuple[float, float]) -> Non
 
 def test_calculus_leaves_flat_areas_alone() -> None:
     flat, flow = torch.full((1, 1, H, W), 0.5), constant_flow(1.5, -0.5, H // 2, W // 2)
-    torch.testing.assert_close(LucasKanade(steps=2)(flat, flat, flow), flow)
+    torch.testing.assert_close(LucasKanade()(flat, flat, flow), flow)
 
 
 def test_calculus_passes_gradients_on_as_they_are() -> None:
     flow = constant_flow(0.1, 0.2, H // 2, W // 2).requires_grad_()
-    LucasKanade(steps=1)(texture(), texture(1), flow).sum().backward()
+    LucasKanade()(texture(), texture(1), flow).sum().backward()
     assert flow.grad is not None
     assert torch.equal(flow.grad, torch.ones_like(flow))
 
@@ -63,19 +65,19 @@ def test_untrained_flow_follows_a_camera(shift: tuple[float, float]) -> None:
     assert found[0, :2].abs().max() < 1e-3  # the first neighbour stands still
     before, after = (
         float((image - centre[0])[:, 16:-16, 16:-16].abs().mean())
-        for image in (neighbour[0], aligned[0, 6:9])
+        for image in (neighbour[0], aligned[0, 4:5])
     )
     assert after < 0.2 * before
 
 
 def test_nothing_is_new_where_nothing_moved() -> None:
-    assert innovation(texture(), texture(), constant_flow(0, 0)).abs().max() < 1e-5
+    assert innovation(texture(), texture(), constant_flow(0, 0)).abs().max() < 0.01
 
 
 def test_nothing_is_new_after_whole_pixels() -> None:
     frame = texture()
     news = innovation(frame, frame.roll((2, -3), (-2, -1)), constant_flow(-3, 2))
-    assert news[..., 4:-4, 4:-4].abs().max() < 1e-5
+    assert news[..., 4:-4, 4:-4].abs().max() < 0.01
 
 
 @pytest.mark.parametrize("row", range(SCALE))
@@ -86,10 +88,10 @@ def test_news_land_on_the_sub_pixel_they_were_sampled_at(row: int, column: int) 
     x, y = ((index + 0.5) / SCALE - 0.5 for index in (column, row))
     news = innovation(centre, centre + surprise, constant_flow(-x, -y))
     expected = torch.zeros(SCALE**2)
-    expected[SCALE * row + column] = NEWS_GAIN * surprise
-    torch.testing.assert_close(news, expected.view(1, -1, 1, 1).expand_as(news))
+    expected[SCALE * row + column] = 255 * NEWS_GAIN * surprise
+    torch.testing.assert_close(news, expected.view(1, -1, 1, 1).expand_as(news), atol=1e-3, rtol=1e-5)
 
 
 def test_large_surprises_are_misalignment_and_bounded() -> None:
     black, white = torch.zeros(1, 1, H, W), torch.ones(1, 1, H, W)
-    assert innovation(black, white, constant_flow(0.125, 0.125)).max() == 0.5
+    assert innovation(black, white, constant_flow(0.125, 0.125)).max() == NEUTRAL - 1

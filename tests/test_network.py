@@ -11,6 +11,7 @@ from export.network import BASELINE, PRUNED, STUDENT, MstGan, Widths, count
 from export.network.bicubic import BicubicSubpixels
 from export.network.flow_align import FlowAlign
 from export.network.frames import frames_from_window, grey_levels
+from export.network.lucas_kanade import luma
 from export.network.pixel_shuffle import PixelShuffle
 from export.network.warp import backward_warp
 
@@ -115,8 +116,9 @@ def test_untrained_flow_of_a_still_scene_is_zero() -> None:
     with torch.inference_mode():
         flow, aligned = FlowAlign(TINY)(lr_window)
     assert flow.abs().max() < 1e-5
-    frames, news = aligned.split((spec.WINDOW * 3, spec.PHASES * 2), dim=1)
-    assert torch.equal(frames, lr_window.permute(0, 1, 4, 2, 3).reshape(1, 9, 32, 48))
+    frame, greys, news = aligned.split((3, 2, spec.PHASES * 2), dim=1)
+    assert torch.equal(frame, lr_window[:, 1].permute(0, 3, 1, 2))
+    assert torch.equal(greys, grey_levels(luma(frame / 255)).expand_as(greys))
     assert (news == spec.NEUTRAL).all()
 
 

@@ -18,6 +18,7 @@ from export import spec
 from export.cpu_graph import cpu_graph
 from export.errors import ExportError
 from export.quantize import Feeds, Layer, calibrate, chosen_float, quantise_for_cpu
+from export.rungs import INT8_BUDGET_DB
 from export.sample import calibration_windows
 
 RESIDUAL_ADDS = 4 + 3 + 1 + 1  # of the tiny network: encoder, top-down, context, detail
@@ -193,7 +194,7 @@ def test_the_table_lists_every_layer_noisiest_first(built: Path) -> None:
     assert noises == sorted(noises, reverse=True)
     assert noises[0] > 0
     assert sum(layer["mac_share"] for layer in table["layers"]) == pytest.approx(1)
-    assert "0.03 dB" in table["rule"]
+    assert f"{INT8_BUDGET_DB:g} dB" in table["rule"]
 
 
 def write_video(path: Path, side: int, frames: int) -> None:

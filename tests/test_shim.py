@@ -115,8 +115,8 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def load(shim: ModuleType, model_folder: Path, **changes: Any) -> Any:
-    """An initialised instance whose session remembers its runs."""
+def load(shim: ModuleType, model_folder: Path, *, gpu: bool = True, **changes: Any) -> Any:
+    """An initialised instance whose session remembers its runs, and which batches as if on a GPU, or not."""
     model = shim.TritonPythonModel()
     model.initialize(
         {
@@ -128,6 +128,8 @@ def load(shim: ModuleType, model_folder: Path, **changes: Any) -> Any:
             "model_instance_device_id": "0",
         }
     )
+    assert model.one_by_one is (config(**changes)["max_batch_size"] > 0)
+    model.one_by_one &= not gpu
     model.session = RecordingSession(model.session)
     return model
 
@@ -165,6 +167,17 @@ def test_requests_of_one_shape_share_one_run(shim: ModuleType, model_folder: Pat
         np.testing.assert_array_equal(answer.tensors["total"], wanted)
     assert answers[0].tensors["total"].base is answers[1].tensors["total"].base  # views of one output
     assert list(answers[0].tensors) == ["total"]  # the configured output alone
+
+
+def test_a_processor_runs_every_sample_alone(shim: ModuleType, model_folder: Path) -> None:
+    model = load(shim, model_folder, gpu=False)
+
+    answers = model.execute([request(1, 2), request(3, 4, rows=2), request(5, TABLE_SIZE)])
+
+    assert model.session.batches == [1, 1, 1, 1]
+    np.testing.assert_array_equal(answers[0].tensors["total"], expected(1, 2))
+    np.testing.assert_array_equal(answers[1].tensors["total"], expected(3, 4, rows=2))
+    assert "out of data bounds" in str(answers[2].error)
 
 
 def test_one_request_is_run_as_it_came(shim: ModuleType, model_folder: Path) -> None:

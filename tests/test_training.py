@@ -18,7 +18,7 @@ from tiny_network import TINY
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
 from export.errors import ExportError
-from export.network import WIDTHS, MstGan
+from export.network import WIDTHS, MstGan, lucas_kanade
 from export.network.flow_align import Estimate
 from export.network.warp import backward_warp
 from export.sample import sample_clip
@@ -220,7 +220,8 @@ def test_temporal_loss_sees_flicker_and_not_motion() -> None:
     flow = torch.zeros(2 * n * k, 2, h // 8, w // 8)  # to t-1, to t+1 for each of three windows
     flow[0::2, 0], flow[1::2, 0] = 1, -1  # of 8 hr pixels
     lr = torch.rand(n * k, 3, h // 4, w // 4)
-    aligned = torch.cat((lr, lr, lr), 1)
+    grey = lucas_kanade.luma(lr)
+    aligned = torch.cat((lr, grey, grey), 1)
     error = torch.randn(wide.shape, generator=torch.Generator().manual_seed(1))
     still = error[:, None, :, :, :w].expand(n, k, -1, -1, -1)
     blinking = moving(error) * torch.tensor([1.0, -1.0, 1.0]).view(1, k, 1, 1, 1)
@@ -232,7 +233,7 @@ def test_temporal_loss_sees_flicker_and_not_motion() -> None:
     # Borders repeat, and so what came into view at the edge is missed: 8 of 128 columns.
     assert loss(along) < 0.1 * loss(still)
     assert loss(blinking) > 1.2 * loss(still)
-    torn = torch.cat((lr, lr, lr + 0.5), 1)
+    torn = torch.cat((lr, grey, grey + 0.5), 1)
     assert loss(blinking, torn) == 0
     half = torn.clone()
     half[..., : w // 8] = aligned[..., : w // 8]

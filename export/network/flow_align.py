@@ -17,7 +17,6 @@ from export.spec import FLOW_STRIDE, NEUTRAL, SCALE
 
 LEVELS = 5  # coarse to fine: flow at 1/32 to 1/2 of the resolution; reaches motion of about 60 px
 GRANULE = 2**LEVELS  # frames are padded to this many pixels so that every halving is exact
-STEPS = 2  # of Lucas and Kanade at each level
 NEWS_GAIN = 2.0  # of the innovation, whose byte then spans +-1/4 of white: more is misalignment, not detail
 
 
@@ -62,11 +61,11 @@ def innovation(still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
         flow: (M, 2, H, W) float32 from ``still`` to ``moving``, in pixels.
 
     Returns:
-        (M, 16, H, W) float32, -0.5..0.5: difference times ``NEWS_GAIN``; sub-pixels in the order of a pixel
-        shuffle, row by row.
+        (M, 16, H, W) float32, -127..127: difference in grey levels times ``NEWS_GAIN``; sub-pixels in the
+        order of a pixel shuffle, row by row.
     """
     sample, offset = nearest_sample(moving, flow)
-    surprise = (NEWS_GAIN * (sample - backward_warp(still, offset))).clamp(-0.5, 0.5)
+    surprise = (255 * NEWS_GAIN * (sample - backward_warp(still, offset))).clamp(1 - NEUTRAL, NEUTRAL - 1)
     centres = (torch.arange(SCALE, dtype=flow.dtype, device=flow.device) + 0.5) / SCALE - 0.5
     across, down = F.relu(1 - SCALE * (offset[:, :, None] - centres.view(1, 1, SCALE, 1, 1)).abs()).unbind(1)
     return (surprise * down)[:, :, None].mul(across[:, None]).flatten(1, 2)
@@ -82,7 +81,7 @@ class FlowAlign(nn.Module):
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
-        self.calculus = LucasKanade(STEPS)
+        self.calculus = LucasKanade()
         self.refine = Refinement(widths.flow)
 
     def estimate(self, frames: Tensor, grey: Tensor) -> Estimate:
@@ -99,8 +98,10 @@ class FlowAlign(nn.Module):
         pyramid = [F.pad(grey.flatten(1, 2), (0, right, 0, below), "replicate")]
         for _ in range(LEVELS - 1):
             pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+        pyramid = [self.calculus.blur(level) for level in pyramid]
 
         still, moving = _pairs(pyramid[-1].unsqueeze(2))
+        # One step at each level: a second costs a quarter of the stage, and won nothing on held-back clips.
         flow = self.calculus(still, moving, torch.zeros_like(F.avg_pool2d(still, 2)).expand(-1, 2, -1, -1))
         for level in reversed(pyramid[:-1]):
             flow = self.calculus(*_pairs(level.unsqueeze(2)), upsample_flow(flow))
@@ -117,27 +118,32 @@ class FlowAlign(nn.Module):
 
         Returns:
             flow: (N, 4, H/4, W/4) float32, see ``spec.FLOW``.
-            aligned: (N, 41, H, W) uint8, see ``spec.ALIGNED``.
+            aligned: (N, 37, H, W) uint8, see ``spec.ALIGNED``.
         """
-        flow, aligned, _ = self.align(frames_from_window(lr_window))
-        return flow, grey_levels(aligned)
+        flow, warped, news, _ = self._compare(frames_from_window(lr_window))
+        centre = lr_window[:, 1].permute(0, 3, 1, 2)
+        return flow, torch.cat((centre, grey_levels(warped), (NEUTRAL + news).round().to(torch.uint8)), dim=1)
 
     def align(self, frames: Tensor) -> tuple[Tensor, Tensor, Estimate]:
         """As ``forward``, from (N, 3, 3, H, W) float32 frames, 0..1, and with the estimate of all 2N pairs.
 
-        What is aligned is not rounded: (N, 41, H, W) float32, 0..1.
+        What is aligned is not rounded: (N, 37, H, W) float32, 0..1.
         """
-        n, _, c, h, w = frames.shape
+        flow, warped, news, estimate = self._compare(frames)
+        return flow, torch.cat((frames[:, 1], warped, (NEUTRAL + news) / 255), dim=1), estimate
+
+    def _compare(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Estimate]:
+        """Flow as in ``spec.FLOW``; (N, 2, H, W) grey neighbours warped, 0..1; (N, 32, H, W) innovation."""
+        n, _, _, h, w = frames.shape
         grey = luma(frames)
         estimate = self.estimate(frames, grey)
         flow_half = estimate.flow
         flow_full = upsample_flow(flow_half)
-        _, neighbours = _pairs(frames)
-        warped = backward_warp(neighbours, flow_full).reshape(n, 2 * c, h, w)
-        news = NEUTRAL / 255 + innovation(*_pairs(grey), flow_full).reshape(n, -1, h, w)
-        aligned = torch.cat((warped[:, :c], frames[:, 1], warped[:, c:], news), dim=1)
+        still, moving = _pairs(grey)
+        warped = backward_warp(moving, flow_full).reshape(n, -1, h, w)
+        news = innovation(still, moving, flow_full).reshape(n, -1, h, w)
         flow = 0.5 * F.avg_pool2d(flow_half, 2)
-        return flow.reshape(n, 4, h // FLOW_STRIDE, w // FLOW_STRIDE), aligned, estimate
+        return flow.reshape(n, 4, h // FLOW_STRIDE, w // FLOW_STRIDE), warped, news, estimate
 
 
 def _pairs(frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class Generator(nn.Module):
         Args:
             lr_window: (N, 3, H, W, 3) uint8 RGB; H and W multiples of 4.
             flow: (N, 4, H/4, W/4) float32, see ``spec.FLOW``.
-            aligned: (N, 41, H, W) uint8, see ``spec.ALIGNED``.
+            aligned: (N, 37, H, W) uint8, see ``spec.ALIGNED``.
 
         Returns:
             (N, 48, H, W) uint8: sub-pixels, see ``spec.SUBPIXELS``.
@@ -121,7 +121,7 @@ class Generator(nn.Module):
         return grey_levels(self.generate(frames_from_window(lr_window), flow, aligned.float() / 255))
 
     def generate(self, frames: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
-        """As ``forward``, from (N, 3, 3, H, W) float32 frames and (N, 41, H, W) ``aligned``, both 0..1.
+        """As ``forward``, from (N, 3, 3, H, W) float32 frames and (N, 37, H, W) ``aligned``, both 0..1.
 
         Returns:
             (N, 48, H, W) float32: sub-pixels, not clamped.

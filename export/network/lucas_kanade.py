@@ -1,4 +1,4 @@
-"""Steps of Lucas and Kanade: what calculus can tell of the flow need not be learned.
+"""A step of Lucas and Kanade: what calculus can tell of the flow need not be learned.
 
 Lucas and Kanade 1981, "An iterative image registration technique", with the mean slope of both images, coarse
 to fine by its caller. No parameter is trained and no convolution of any width is spent: it costs a few passes
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export import spec
 from export.network.warp import backward_warp, upsample_flow
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601: one channel tells nearly all that three do about motion
@@ -38,52 +39,55 @@ def _filter(image: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(F.pad(image, (1, 1, 1, 1), "replicate"), weight, groups=image.shape[1])
 
 
+def _slopes(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Central differences of (M, 1, h, w) along x and along y, per pixel; borders repeat."""
+    padded = F.pad(image, (1, 1, 1, 1), "replicate") / 2
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    return across, down
+
+
 class LucasKanade(nn.Module):
     """Moves flows towards those under which images agree."""
 
     prefilter: Tensor
-    slopes: Tensor
     window: Tensor
     smoothing: Tensor
 
-    def __init__(self, steps: int) -> None:
-        """``steps`` per call."""
+    def __init__(self) -> None:
+        """Nothing to learn."""
         super().__init__()
-        self.steps = steps
-        central = torch.zeros(2, 1, 3, 3)  # differences along x and y
-        central[0, 0, 1, ::2] = central[1, 0, ::2, 1] = torch.tensor([-0.5, 0.5])
         filters = {
-            "prefilter": _gauss(PREFILTER, 1),
-            "slopes": central,
+            "prefilter": _gauss(PREFILTER, spec.WINDOW),
             "window": _gauss(WINDOW, 5),
             "smoothing": _gauss(SMOOTHING, 2),
         }
         for name, weight in filters.items():
             self.register_buffer(name, weight, persistent=False)
 
+    def blur(self, frames: Tensor) -> Tensor:
+        """What ``forward`` wants done to its images: (N, 3, h, w) grey frames, blurred by ``PREFILTER``."""
+        return _filter(frames, self.prefilter)
+
     def forward(self, still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
-        """Improve flows of half the images' resolution.
+        """Take one step from flows of half the images' resolution.
 
         Args:
-            still: (M, 1, 2h, 2w) float32 grey images, 0..1.
+            still: (M, 1, 2h, 2w) float32 grey images, 0..1, from ``blur``.
             moving: same, their neighbours.
             flow: (M, 2, h, w) float32, from still to moving, in pixels of its own resolution.
 
         Returns:
             (M, 2, h, w): ``flow`` plus a step that gradients do not pass through: training sees a sum.
         """
-        still, moving = _filter(still, self.prefilter), _filter(moving, self.prefilter)
-        improved = start = flow.detach()
-        for _ in range(self.steps):
-            warped = backward_warp(moving, upsample_flow(improved))
-            difference = warped - still
-            # The mean slope of both images makes the step exact to second order.
-            slopes = _filter((still + warped) / 2, self.slopes)
-            x, y = slopes.split(1, dim=1)
-            products = torch.cat((slopes * x, y * y, slopes * difference), dim=1)
-            xx, xy, yy, xd, yd = _filter(F.avg_pool2d(products, 2), self.window).split(1, dim=1)
-            xx, yy = xx + DAMPING, yy + DAMPING
-            step = torch.cat((xy * yd - yy * xd, xy * xd - xx * yd), dim=1) / (xx * yy - xy * xy)
-            step = step.clamp(-MAX_STEP, MAX_STEP) / 2  # in pixels of the flow
-            improved = _filter(improved + step, self.smoothing)
-        return flow + (improved - start)
+        start = flow.detach()
+        warped = backward_warp(moving, upsample_flow(start))
+        difference = warped - still
+        # The mean slope of both images makes the step exact to second order.
+        x, y = _slopes((still + warped) / 2)
+        products = torch.cat((x * x, x * y, y * y, x * difference, y * difference), dim=1)
+        xx, xy, yy, xd, yd = _filter(F.avg_pool2d(products, 2), self.window).split(1, dim=1)
+        xx, yy = xx + DAMPING, yy + DAMPING
+        step = torch.cat((xy * yd - yy * xd, xy * xd - xx * yd), dim=1) / (xx * yy - xy * xy)
+        step = step.clamp(-MAX_STEP, MAX_STEP) / 2  # in pixels of the flow
+        return flow + (_filter(start + step, self.smoothing) - start)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.network.flow_align import Estimate
+from export.network.lucas_kanade import luma
 from export.network.warp import backward_warp
 from export.spec import CHANNELS, FLOW_STRIDE, SCALE, Size
 
@@ -61,7 +62,7 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
     Args:
         errors: (N, K, 3, H, W), answers less truth of K consecutive hr frames.
         flow: (2NK, 2, H/8, W/8), of the ``Estimate`` for their windows; only used, not taught.
-        aligned: (NK, 41, H/4, W/4) float32, 0..1, see ``spec.ALIGNED``.
+        aligned: (NK, 37, H/4, W/4) float32, 0..1, see ``spec.ALIGNED``.
     """
     n, k, _, h, w = errors.shape
     # The last answer of a crop has no next; of each window's two neighbours the second is the next frame.
@@ -69,8 +70,8 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
     unit = SCALE * FLOW_STRIDE // 2  # hr pixels per pixel of a flow at half the lr resolution
     to_next = unit * F.interpolate(to_next, scale_factor=float(unit), mode="bilinear", align_corners=False)
     frames = aligned.detach().unflatten(0, (n, k))[:, :-1].flatten(0, 1)
-    centre, warped = frames[:, CHANNELS : 3 * CHANNELS].chunk(2, dim=1)
-    misfit = (warped - centre).abs().mean(1, keepdim=True)
+    centre, _, warped = frames[:, : CHANNELS + 2].split((CHANNELS, 1, 1), dim=1)
+    misfit = (warped - luma(centre)).abs()
     fits = F.avg_pool2d(misfit, 3, stride=1, padding=1, count_include_pad=False) < MISALIGNED
     mask = F.interpolate(fits.float(), size=(h, w), mode="nearest")
     moved = backward_warp(errors[:, 1:].flatten(0, 1), to_next)
