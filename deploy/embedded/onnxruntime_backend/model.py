@@ -3,6 +3,10 @@
 The embedded server loads this file under the name of NVIDIA's native backend, so one ``config.pbtxt`` serves
 both. What is read from the configuration, and how, follows ``src/onnxruntime.cc`` of
 triton-inference-server/onnxruntime_backend. Each model instance is a process of its own with one session.
+
+One thing it does otherwise: a processor runs a batch sample by sample. A GPU needs the whole batch to fill
+its cores; to a processor, four samples at once are four times the memory, out of its caches. The pruned
+network upscales 20 % more frames so, in less than half the memory (320x180, two cores, 2026-11-25).
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ TRITON_TYPES = {
     "tensor(double)": "TYPE_FP64",
 }
 
+CPU_PROVIDER = "CPUExecutionProvider"
 GPU_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -75,19 +80,21 @@ class TritonPythonModel:
             ) from err
         check_signature(config, self.session)
         self.outputs = [output["name"] for output in config["output"]]
+        self.one_by_one = self.batches and self.session.get_providers()[0] == CPU_PROVIDER
         pb_utils.Logger.log_info(
             f"{self.name} {args['model_instance_name']}: {path.name} on {self.session.get_providers()[0]}, "
             f"{options.intra_op_num_threads} threads"
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request, in order; those of equal shape share one run."""
+        """Answer every request, in order; on a GPU, those of equal shape share one run."""
         feeds = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
         # The dynamic batcher only brings equal shapes together. A model without a batch axis never shares.
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, feed in enumerate(feeds):
             key = tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
-            groups.setdefault(key if self.batches else (index,), []).append(index)
+            shares = self.batches and not self.one_by_one
+            groups.setdefault(key if shares else (index,), []).append(index)
 
         answers: list[Any] = [None] * len(requests)
         for members in groups.values():
@@ -113,15 +120,29 @@ class TritonPythonModel:
     def _run(self, feeds: Sequence[Feeds]) -> list[list[Array]]:
         """One run for all feeds; result per feed, per output, as views where the run was shared."""
         if len(feeds) == 1:
-            return [self.session.run(self.outputs, feeds[0])]
+            return [self._run_by_samples(feeds[0]) if self.one_by_one else self._run_at_once(feeds[0])]
         joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
         sizes = [len(next(iter(feed.values()))) for feed in feeds]
-        arrays = self.session.run(self.outputs, joined)
+        arrays = self._run_at_once(joined)
         for name, array in zip(self.outputs, arrays, strict=True):
             if len(array) != sum(sizes):
                 raise ValueError(f"output {name} has batch {len(array)} after a run of batch {sum(sizes)}")
         splits = [np.split(array, np.cumsum(sizes)[:-1]) for array in arrays]
         return [list(parts) for parts in zip(*splits, strict=True)]
+
+    def _run_by_samples(self, feed: Feeds) -> list[Array]:
+        samples = len(next(iter(feed.values())))
+        if samples == 1:
+            return self._run_at_once(feed)
+        parts = [
+            self._run_at_once({name: array[index : index + 1] for name, array in feed.items()})
+            for index in range(samples)
+        ]
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+    def _run_at_once(self, feed: Feeds) -> list[Array]:
+        arrays: list[Array] = self.session.run(self.outputs, feed)
+        return arrays
 
 
 def session_options(config: Mapping[str, Any], cores: int) -> ort.SessionOptions:
@@ -144,6 +165,9 @@ def session_options(config: Mapping[str, Any], cores: int) -> ort.SessionOptions
             f"{config['name']}: parameter execution_mode is {mode!r}, expected one of {list(EXECUTION_MODES)}"
         )
     options.execution_mode = EXECUTION_MODES[mode]
+    # Plans of where tensors lie fit one shape, and are laid out beside the memory already in use: without
+    # them the generator takes a quarter less memory, and no more time (320x180, 2026-11-25).
+    options.enable_mem_pattern = False
     # Every session that spins while it waits takes the cores that the other instances work on.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
@@ -165,7 +189,7 @@ def execution_providers(config: Mapping[str, Any], kind: str, device_id: str) ->
     for wanted in accelerators.get("cpu_execution_accelerator", []):
         pb_utils.Logger.log_warn(f"{config['name']}: CPU accelerator {wanted['name']} is not in this server")
     if kind != "GPU":
-        return ["CPUExecutionProvider"]
+        return [CPU_PROVIDER]
 
     requested = [
         (accelerator["name"], accelerator.get("parameters", {}))
@@ -179,7 +203,7 @@ def execution_providers(config: Mapping[str, Any], kind: str, device_id: str) ->
             providers.append((GPU_PROVIDERS[name], {**parameters, "device_id": device_id}))
         else:
             pb_utils.Logger.log_warn(f"{config['name']}: accelerator {name} is not in this ONNX Runtime")
-    return [*providers, "CPUExecutionProvider"]
+    return [*providers, CPU_PROVIDER]
 
 
 def check_signature(config: Mapping[str, Any], session: ort.InferenceSession) -> None:
