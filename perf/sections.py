@@ -178,8 +178,10 @@ def _overhead(result: Result) -> Section:
     busy = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
     # Older runs have neither.
     others: dict[str, float] = result.get("others_cores", {})
-    share = result.get("served_over_analyzed")
+    share, apart = (result.get(f"served_over_analyzed{place}") for place in ("", "_apart"))
     analyzed = f"**{share:.0%}** of what perf_analyzer gets, " if share else ""
+    if apart:
+        analyzed += f"**{apart:.0%}** with half of the cores for the server and half for the client, "
     return Section(
         result["name"],
         "From file to file: what does serving cost?",
