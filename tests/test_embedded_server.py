@@ -112,7 +112,7 @@ def test_requests_share_runs_and_answers_stay_the_same(
     frames, runs = executions(toy_server, spec.GENERATOR.name)
 
     assert frames - frames_before == len(windows)
-    assert (frames - frames_before) / (runs - runs_before) > 2
+    assert runs - runs_before < len(windows)
     for alone, shared in zip(one_by_one, together, strict=True):
         np.testing.assert_array_equal(alone, shared)
 

@@ -45,6 +45,7 @@ class TritonServer:
         """
         self.log_file = log_file
         self.start_timeout_s = start_timeout_s
+        self.started = False
         http_port, grpc_port, metrics_port = free_ports(3)
         self.http_url = f"127.0.0.1:{http_port}"
         self.grpc_url = f"127.0.0.1:{grpc_port}"
@@ -60,18 +61,24 @@ class TritonServer:
             *arguments,
         ]
 
-    def __enter__(self) -> TritonServer:
-        """Start the server and wait until it is ready.
-
-        Raises:
-            ServerError: It ended, or was not ready in time.
-        """
+    def start(self) -> None:
+        """Start the process and do not wait: for who watches it load. ``with`` does the rest."""
         log.info("%s > %s", shlex.join(self.command), self.log_file)
         with self.log_file.open("wb") as output:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
+        self.started = True
+
+    def __enter__(self) -> TritonServer:
+        """Start the server, unless it is started, and wait until it is ready.
+
+        Raises:
+            ServerError: It ended, or was not ready in time.
+        """
+        if not self.started:
+            self.start()
         deadline = time.monotonic() + self.start_timeout_s
         try:
             while not self.ready():
@@ -97,6 +104,7 @@ class TritonServer:
 
     def stop(self) -> int:
         """Ask the server to end, insist after a while, leave nothing behind, and return its exit status."""
+        self.started = False
         self.process.terminate()
         try:
             status = self.process.wait(STOP_TIMEOUT_S)

@@ -39,10 +39,9 @@ def measure_served(
         models.mkdir()
         write_variant(repository, models, point.serving)
         try:
-            with (
-                TritonServer(models, Path(folder) / "triton.log", start_timeout_s=timeout_s) as server,
-                watched(server.process.pid) as peak,
-            ):
+            server = TritonServer(models, Path(folder) / "triton.log", start_timeout_s=timeout_s)
+            server.start()
+            with watched(server.process.pid) as peak, server:
                 request = request_target(server, point, Contract.of(repository), WORK)
                 analyzer = find_analyzer()
                 warm_up(analyzer, request, point, sweep.timeout_s)

@@ -130,10 +130,9 @@ class Bench:
             models.mkdir()
             serving = Serving(rung.target, instances=rung.instances, batching=rung.batch > 1)
             write_variant(repository, models, serving)
-            with (
-                TritonServer(models, self.work / f"{rung.key}.log") as server,
-                watched(server.process.pid) as peak,
-            ):
+            server = TritonServer(models, self.work / f"{rung.key}.log")
+            server.start()
+            with watched(server.process.pid) as peak, server:
                 for _ in range(self.rounds):
                     load = run_load(
                         server.grpc_url, tensors_of(models), lr_windows, rung.in_flight, self.least_s

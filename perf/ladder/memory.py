@@ -1,4 +1,4 @@
-"""What a group of processes took while something was going on: its most memory, and who else was at work."""
+"""What a group of processes took, from its start on: its most memory, and who else was at work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from perf.counters import others_cpu_s, session_memory_mb
 
-INTERVAL_S = 0.25
+INTERVAL_S = 0.1  # what loading a model takes is there for half a second
 
 
 @dataclass

@@ -11,6 +11,7 @@ network upscales 20 % more frames so, in less than half the memory (320x180, two
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,8 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(
                 f"{self.name}: {path} cannot be loaded ({err}): run `make export` again"
             ) from err
+        # What reading the file took is as large as the weights, and would be kept for later.
+        ctypes.CDLL(None).malloc_trim(0)
         check_signature(config, self.session)
         self.outputs = [output["name"] for output in config["output"]]
         self.one_by_one = self.batches and self.session.get_providers()[0] == CPU_PROVIDER
