@@ -45,7 +45,6 @@ class TritonServer:
         """
         self.log_file = log_file
         self.start_timeout_s = start_timeout_s
-        self.started = False
         http_port, grpc_port, metrics_port = free_ports(3)
         self.http_url = f"127.0.0.1:{http_port}"
         self.grpc_url = f"127.0.0.1:{grpc_port}"
@@ -69,15 +68,14 @@ class TritonServer:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        self.started = True
 
     def __enter__(self) -> TritonServer:
-        """Start the server, unless it is started, and wait until it is ready.
+        """Start the server, unless it runs, and wait until it is ready.
 
         Raises:
             ServerError: It ended, or was not ready in time.
         """
-        if not self.started:
+        if "process" not in vars(self) or self.process.poll() is not None:
             self.start()
         deadline = time.monotonic() + self.start_timeout_s
         try:
@@ -104,7 +102,6 @@ class TritonServer:
 
     def stop(self) -> int:
         """Ask the server to end, insist after a while, leave nothing behind, and return its exit status."""
-        self.started = False
         self.process.terminate()
         try:
             status = self.process.wait(STOP_TIMEOUT_S)
