@@ -104,8 +104,7 @@ class SystemRing(Ring):
         try:
             os.posix_fallocate(descriptor, 0, size)  # or a write would find the memory full
             self._memory = mmap.mmap(descriptor, size)
-            known = self._client.get_system_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
-            forget_the_dead(known, self._client.unregister_system_shared_memory)
+            self._forget_the_dead()
             self._client.register_system_shared_memory(self._name, f"/{self._name}", size)
         finally:
             os.close(descriptor)
@@ -128,17 +127,24 @@ class SystemRing(Ring):
 
     def close(self) -> None:
         """Have the server let go of it; our side ends with this object."""
-        try:
+        with suppress(InferenceServerException):  # a server that is gone has let go
             self._client.unregister_system_shared_memory(self._name, client_timeout=TELL_TIMEOUT_S)
-        except InferenceServerException:
-            return  # a server that is gone has let go
+            self._forget_the_dead()
+
+    def _forget_the_dead(self) -> None:
+        known = self._client.get_system_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
+        forget_the_dead(known, self._client.unregister_system_shared_memory)
 
 
 def forget_the_dead(names: Iterable[str], unregister: Callable[..., None]) -> None:
-    """Have a server on this machine let go of rings whose clients were killed."""
+    """Have a server on this machine let go of rings whose clients were killed.
+
+    It refuses while it still answers what they had asked. So a client tries as it comes and as it goes.
+    """
     for name in list(names):
         if _is_dead(name):
-            unregister(name, client_timeout=TELL_TIMEOUT_S)
+            with suppress(InferenceServerException):
+                unregister(name, client_timeout=TELL_TIMEOUT_S)
 
 
 def remove_leftovers() -> None:

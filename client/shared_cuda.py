@@ -41,8 +41,7 @@ class CudaRing(Ring):
         self._is_closed = False
         self._lock = threading.Lock()
         try:
-            known = self._client.get_cuda_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
-            forget_the_dead(known, self._client.unregister_cuda_shared_memory)
+            self._forget_the_dead()
             for slot in range(self._slots):
                 self._share(self._lr_name(slot), self._lr_bytes)
                 self._share(self._hr_name(slot), self._hr_bytes)
@@ -99,8 +98,13 @@ class CudaRing(Ring):
         with suppress(InferenceServerException):  # a server that is gone has let go
             for name in self._registered:
                 self._client.unregister_cuda_shared_memory(name, client_timeout=TELL_TIMEOUT_S)
+            self._forget_the_dead()
         self._is_closed = True
         self._destroy_if_unused()
+
+    def _forget_the_dead(self) -> None:
+        known = self._client.get_cuda_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
+        forget_the_dead(known, self._client.unregister_cuda_shared_memory)
 
     def _destroy_if_unused(self) -> None:
         with self._lock:

@@ -114,6 +114,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     cuda: FakeCuda | None = None
     """The GPU that is shared with clients."""
     cuda_names: set[str] = field(default_factory=set)
+    names_in_use: set[str] = field(default_factory=set)
     """Regions registered now."""
     cuda_requests: int = 0
     certificate: tuple[bytes, bytes] | None = None
@@ -206,6 +207,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.CudaSharedMemoryRegisterResponse()
 
     def CudaSharedMemoryUnregister(self, request, context):  # noqa: N802
+        if request.name in self.names_in_use:
+            context.abort(grpc.StatusCode.INTERNAL, f"region '{request.name}' is in use")
         self.cuda_names.discard(request.name)
         return service_pb2.CudaSharedMemoryUnregisterResponse()
 

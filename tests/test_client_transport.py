@@ -152,6 +152,17 @@ def test_rings_of_killed_clients_are_let_go(triton, server):
     assert dead not in triton.cuda_names and living in triton.cuda_names
 
 
+def test_rings_that_the_server_still_uses_are_let_go_later(triton, server):
+    dead = "vsr-upscale-999999999-abcd.0.lr"
+    triton.cuda_names.add(dead)
+    triton.names_in_use.add(dead)
+    assert server.share_memory(SHAPE) == "CUDA shared memory"
+    assert dead in triton.cuda_names
+    triton.names_in_use.clear()
+    server.close()
+    assert not triton.cuda_names
+
+
 def test_what_killed_clients_left_in_memory_is_removed(server, tmp_path, monkeypatch):
     monkeypatch.setattr("shared.SHARED_FOLDER", tmp_path)
     dead, fresh = tmp_path / "vsr-upscale-999999999-ab", tmp_path / "vsr-upscale-999999999-cd"
