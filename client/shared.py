@@ -9,9 +9,10 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
@@ -132,16 +133,17 @@ class SystemRing(Ring):
             self._forget_the_dead()
 
     def _forget_the_dead(self) -> None:
-        known = self._client.get_system_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
-        forget_the_dead(known, self._client.unregister_system_shared_memory)
+        forget_the_dead(
+            self._client.get_system_shared_memory_status, self._client.unregister_system_shared_memory
+        )
 
 
-def forget_the_dead(names: Iterable[str], unregister: Callable[..., None]) -> None:
+def forget_the_dead(status: Callable[..., Any], unregister: Callable[..., None]) -> None:
     """Have a server on this machine let go of rings whose clients were killed.
 
     It refuses while it still answers what they had asked. So a client tries as it comes and as it goes.
     """
-    for name in list(names):
+    for name in status(client_timeout=TELL_TIMEOUT_S).regions:
         if _is_dead(name):
             with suppress(InferenceServerException):
                 unregister(name, client_timeout=TELL_TIMEOUT_S)

@@ -103,8 +103,9 @@ class CudaRing(Ring):
         self._destroy_if_unused()
 
     def _forget_the_dead(self) -> None:
-        known = self._client.get_cuda_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
-        forget_the_dead(known, self._client.unregister_cuda_shared_memory)
+        forget_the_dead(
+            self._client.get_cuda_shared_memory_status, self._client.unregister_cuda_shared_memory
+        )
 
     def _destroy_if_unused(self) -> None:
         with self._lock:

@@ -74,10 +74,14 @@ def _cast_at_the_edge(graph: onnx.GraphProto) -> None:
         if value.type.tensor_type.elem_type != TensorProto.UINT8 or maker.op_type == "Cast":
             continue
         half = f"{value.name}_float16"
-        for node in nodes:
-            if node.op_type == "Cast" and node.output[0] in maker.input:
+        for node in nodes:  # what it joins may have been cast on its own
+            if node.op_type == "Cast" and node.output[0] in maker.input and _casts_to_bytes(node):
                 node.attribute[0].i = TensorProto.FLOAT16
         maker.output[:] = [half if name == value.name else name for name in maker.output]
         nodes.append(helper.make_node("Cast", [half], [value.name], value.name, to=TensorProto.UINT8))
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _casts_to_bytes(cast: onnx.NodeProto) -> bool:
+    return bool(helper.get_node_attr_value(cast, "to") == TensorProto.UINT8)

@@ -114,8 +114,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     cuda: FakeCuda | None = None
     """The GPU that is shared with clients."""
     cuda_names: set[str] = field(default_factory=set)
-    names_in_use: set[str] = field(default_factory=set)
     """Regions registered now."""
+    names_in_use: set[str] = field(default_factory=set)
+    """Regions that it refuses to let go of."""
     cuda_requests: int = 0
     certificate: tuple[bytes, bytes] | None = None
     """Key and certificate: speak TLS."""

@@ -93,10 +93,10 @@ class TritonPythonModel:
         """Answer every request, in order; on a GPU, those of equal shape share one run."""
         feeds = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
         # The dynamic batcher only brings equal shapes together. A model without a batch axis never shares.
+        shares = self.batches and not self.one_by_one
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, feed in enumerate(feeds):
             key = tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
-            shares = self.batches and not self.one_by_one
             groups.setdefault(key if shares else (index,), []).append(index)
 
         answers: list[Any] = [None] * len(requests)
