@@ -62,22 +62,32 @@ def build(
     from export.onnx_export import export_onnx
     from export.plan import identity_path
     from export.repository import FP32, TENSORRT, install, install_plans, write_configs
-    from export.rungs import build_for_tensorrt, build_plans, build_rung, check_target, default_target
+    from export.rungs import (
+        build_for_tensorrt,
+        build_plans,
+        build_rung,
+        chains_of,
+        check_target,
+        default_target,
+    )  # fmt: skip
     from export.sample import calibration_windows
+    from export.spec import FLOW_ALIGN, GENERATOR
 
     target = target or default_target()
     check_target(target)
     windows = calibration_windows(calibration)
     network = load_checkpoint(checkpoint or DEFAULT)
     paths = export_onnx(network, folder)
-    parity.check(parity.compare_onnx(network, paths), folder)
+    chains = chains_of(target, paths, folder)
+    parity.check(parity.compare_onnx(network, chains), folder)
     if target != TENSORRT:
         verdicts = build_rung(target, network, paths, folder, windows, judge_speed=speed_gate)
         gates.check(verdicts, folder)
         write_configs(repository)
         promoted = [verdict.rung for verdict in verdicts if verdict.fast_enough]
+        aligners = [rung for rung in chains if rung != FP32]
+        install(folder, repository, {FLOW_ALIGN.name: aligners, GENERATOR.name: promoted})
         served = [FP32, *promoted][-1]
-        install(folder, repository, promoted, served=served)
         click.echo(f"{repository} serves the generator in {served}: start a server with `make serve`")
         return
 

@@ -1,130 +1,48 @@
 """An ONNX stage in, the same function in the operators that ONNX Runtime's CPU provider is fast at, out.
 
-Profiled once on the pruned generator's INT8 graph, 320x180, one thread of a busy AVX-512 machine: the two
-warps fall from 12 ms to 1.5; the two shuffles take 6 ms before, and afterwards all transposes of the graph
-together 1.5, less than without them (2.5). The whole falls from 78 ms to 62.
+320x180, one thread of an AVX-512 machine, 2026-11-26: flow_align falls from 22.8 ms to 14.4, warps being most
+of it. Warps and shuffles were a quarter of the INT8 generator before they were rewritten; colours, blocks and
+the rest make another 3 of 107 ms (pruned) or of 36 (student), and a quarter less memory for activations.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 from onnx import helper, inliner, numpy_helper, parser
 
-DOMAIN = "mst_gan"  # of the functions below, until they are inlined
+from export import spec
+from export.cpu_functions import DOMAIN, FUNCTIONS
+
 FOURS = 4  # input channels that ONNX Runtime's 8-bit convolution takes at once
 SHUFFLE = 2  # the generator's shuffles double the sides
+FEW = 4  # channels of an image up to which a warp goes through its planes, not through its pixels
 
-# GridSample(bilinear, border, align_corners=0) of an image as large as its grid. The provider's kernel works
-# out the coordinates once per channel; here they are worked out once, and whole pixels of all channels are
-# gathered, in 8 bits where the image is quantised.
-SAMPLE = """
-<domain: "mst_gan", opset_import: ["": 18]>
-Sample (image, grid) => (warped) {
-    zero = Constant <value = float {0}> ()
-    half = Constant <value = float {0.5}> ()
-    one = Constant <value = float {1}> ()
-    shape = Shape (grid)
-    side_axes = Constant <value_ints = [2, 1]> ()
-    sides_int = Gather (shape, side_axes)
-    sides = Cast <to = 1> (sides_int)
-    last = Sub (sides, one)
-
-    from_zero = Add (grid, one)
-    doubled = Mul (from_zero, sides)
-    twice = Sub (doubled, one)
-    position = Mul (twice, half)
-    above = Max (position, zero)
-    inside = Min (above, last)
-    near = Floor (inside)
-    beyond = Add (near, one)
-    far = Min (beyond, last)
-    far_share = Sub (inside, near)
-    near_share = Sub (one, far_share)
-
-    x_axis = Constant <value_ints = [0]> ()
-    y_axis = Constant <value_ints = [1]> ()
-    near_int = Cast <to = 7> (near)
-    far_int = Cast <to = 7> (far)
-    x0 = Gather <axis = -1> (near_int, x_axis)
-    y0 = Gather <axis = -1> (near_int, y_axis)
-    x1 = Gather <axis = -1> (far_int, x_axis)
-    y1 = Gather <axis = -1> (far_int, y_axis)
-    columns = Concat <axis = -1> (x0, x1, x0, x1)
-    rows = Concat <axis = -1> (y0, y0, y1, y1)
-    x_int = Constant <value_int = 0> ()
-    y_int = Constant <value_int = 1> ()
-    width = Gather (sides_int, x_int)
-    height = Gather (sides_int, y_int)
-    row_starts = Mul (rows, width)
-    in_image = Add (row_starts, columns)
-    area = Mul (height, width)
-    batch_axis = Constant <value_int = 0> ()
-    batch = Gather (shape, batch_axis)
-    step = Constant <value_int = 1> ()
-    numbers = Range (batch_axis, batch, step)
-    starts = Mul (numbers, area)
-    four_axes = Constant <value_ints = [-1, 1, 1, 1]> ()
-    image_starts = Reshape (starts, four_axes)
-    corners = Add (in_image, image_starts)
-
-    wx0 = Gather <axis = -1> (near_share, x_axis)
-    wy0 = Gather <axis = -1> (near_share, y_axis)
-    wx1 = Gather <axis = -1> (far_share, x_axis)
-    wy1 = Gather <axis = -1> (far_share, y_axis)
-    wx = Concat <axis = -1> (wx0, wx1, wx0, wx1)
-    wy = Concat <axis = -1> (wy0, wy0, wy1, wy1)
-    shares = Mul (wx, wy)
-    row_axis = Constant <value_ints = [3]> ()
-    share_rows = Unsqueeze (shares, row_axis)
-
-    channels_last = Transpose <perm = [0, 2, 3, 1]> (image)
-    pixels = Flatten <axis = 3> (channels_last)
-    neighbours = Gather <axis = 0> (pixels, corners)
-    mixed = MatMul (share_rows, neighbours)
-    mixed_pixels = Squeeze (mixed, row_axis)
-    warped = Transpose <perm = [0, 3, 1, 2]> (mixed_pixels)
-}
-"""
-
-# DepthToSpace(blocksize 2) of channels ordered (row, column, channel). The provider has no 8-bit
-# DepthToSpace; next to channels-last convolutions the outer transposes merge, and what stays moves runs of
-# bytes. No Shape: it would have the whole tensor turned to float first.
-WEAVE = """
-<domain: "mst_gan", opset_import: ["": 18]>
-Weave <taller, wider> (packed) => (woven) {
-    columns = Transpose <perm = [0, 3, 2, 1]> (packed)
-    taller_shape = Constant <value_ints: ints = @taller> ()
-    rows_split = Reshape (columns, taller_shape)
-    rows = Transpose <perm = [0, 2, 1, 3]> (rows_split)
-    wider_shape = Constant <value_ints: ints = @wider> ()
-    pixels = Reshape (rows, wider_shape)
-    woven = Transpose <perm = [0, 3, 1, 2]> (pixels)
-}
-"""
+GRID = ("Unsqueeze", "Sub", "Div", "Add", "Mul")
+"""From a coordinate of ``grid_sample`` back to a place in pixels, as ``network.warp`` makes the one of the
+other: the first input of the last."""
 
 
 def cpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """Rewrite warps, shuffles and rounding; what does not match the patterns stays as it is."""
     model = copy.deepcopy(model)
-    _weave_shuffles(model.graph)
-    _round_at_once(model.graph)
-    _read_at_once(model.graph)
-    _read_in_fours(model.graph)
-    for node in model.graph.node:
-        if node.op_type == "GridSample" and _attributes(node) == {
-            "mode": b"bilinear", "padding_mode": b"border", "align_corners": 0,
-        }:  # fmt: skip
-            _call(node, "Sample")
-    model.functions.extend(parser.parse_function(text) for text in (SAMPLE, WEAVE))
+    graph = model.graph
+    _weave_shuffles(graph)
+    _sample_places(graph)
+    _round_at_once(graph)
+    _add_by_colours(graph)
+    _read_at_once(graph)
+    _move_bytes(graph)
+    _read_in_blocks(graph)
+    _read_in_fours(graph)
+    _drop_unread(graph)
+    model.functions.extend(parser.parse_function(text) for text in FUNCTIONS)
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     model = inliner.inline_local_functions(model)
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
-        model.graph.initializer.remove(tensor)
     for index, node in enumerate(model.graph.node):  # what quantises the graph refers to nodes by name
         node.name = node.name or f"{node.op_type}_{index}"
     del model.graph.value_info[:]  # what the shuffles' tensors were before
@@ -160,47 +78,138 @@ def _weave_shuffles(graph: onnx.GraphProto) -> None:
             del node.attribute[:]
 
 
+def _sample_places(graph: onnx.GraphProto) -> None:
+    """GridSample of a grid from places in pixels: sample at the places."""
+    producers = {output: node for node in graph.node for output in node.output}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+    for node in [node for node in graph.node if node.op_type == "GridSample"]:
+        attributes = _attributes(node)
+        mode = attributes.pop("mode", None)
+        grid = producers.get(node.input[1])
+        places = [_place(name, producers) for name in grid.input] if grid else [None]
+        if attributes != {"padding_mode": b"border", "align_corners": 0} or None in places:
+            continue
+        function = "SamplePlanes" if shapes[node.output[0]][1].dim_value <= FEW else "SamplePixels"
+        node.input[1:] = places
+        _call(node, "NearestInPlanes" if mode == b"nearest" else function)
+
+
+def _place(name: str, producers: Mapping[str, onnx.NodeProto]) -> str | None:
+    for operator in GRID:
+        if name not in producers or producers[name].op_type != operator:
+            return None
+        name = producers[name].input[0]
+    return name
+
+
 def _round_at_once(graph: onnx.GraphProto) -> None:
-    """Clip to 0..1, * 255, round, cast to bytes: one QuantizeLinear, in place of four passes over floats.
+    """What is scaled or shifted, rounded and cast to bytes: one QuantizeLinear, not passes over floats.
 
     It divides by 1/255: of a frame's millions of values, the dozen that lie on the edge of two levels may go
     to the other.
     """
-    rounding = list(graph.node)[-4:]
-    if [node.op_type for node in rounding] != ["Clip", "Mul", "Round", "Cast"]:
-        return
-    level = numpy_helper.from_array(np.array(1 / 255, np.float32), "grey_level")
-    zero = numpy_helper.from_array(np.array(0, np.uint8), "black")
-    graph.initializer.extend([level, zero])
-    del graph.node[-4:]
-    source, target = rounding[0].input[0], rounding[-1].output
-    graph.node.append(helper.make_node("QuantizeLinear", [source, level.name, zero.name], target))
+    producers = {output: node for node in graph.node for output in node.output}
+    constants = _constants(graph)
+    for cast in [node for node in graph.node if node.op_type == "Cast"]:
+        chain = _chain(cast, producers)
+        operators = [node.op_type for node in chain]
+        if operators[:4] == ["Cast", "Round", "Mul", "Clip"]:
+            source, level, zero = chain[3].input[0], 1 / constants[chain[2].input[1]], 0.0
+        elif operators[:3] == ["Cast", "Round", "Add"] and chain[2].input[1] in constants:
+            source, level, zero = chain[2].input[0], 1.0, constants[chain[2].input[1]]
+        else:
+            continue
+        cast.op_type, cast.input[:] = "QuantizeLinear", [source, *_levels(graph, cast.output[0], level, zero)]
+        del cast.attribute[:]
+
+
+def _add_by_colours(graph: onnx.GraphProto) -> None:
+    """Convolution of the skip connection, addition and rounding: one colour after the other."""
+    producers = {output: node for node in graph.node for output in node.output}
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        chain = _chain(rounding, producers)
+        if len(chain) < 2 or chain[1].op_type != "Add" or chain[1].input[1] not in producers:
+            continue
+        tail, skip = chain[1].input
+        conv = producers[skip]
+        if conv.op_type != "Conv" or _attributes(conv)["group"] != spec.CHANNELS:
+            continue
+        frame, kernel = conv.input
+        kernels = {
+            f"{kernel}_{index}": part for index, part in enumerate(np.split(weights[kernel], spec.CHANNELS))
+        }
+        graph.initializer.extend(numpy_helper.from_array(part, name) for name, part in kernels.items())
+        rounding.input[:] = [tail, frame, *kernels, *rounding.input[1:]]
+        _call(rounding, "AddByColours")
 
 
 def _read_at_once(graph: onnx.GraphProto) -> None:
-    """Bytes cast, / 255, less the neutral byte's share: one DequantizeLinear; 8-bit layers need none."""
+    """Bytes cast, / 255, perhaps less the neutral one: one DequantizeLinear, and 8-bit layers need none."""
     producers = {output: node for node in graph.node for output in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for shift in [node for node in graph.node if node.op_type == "Sub"]:
-        chain = [shift]
-        while chain[-1].input[0] in producers and readers[chain[-1].input[0]] == 1:
-            chain.append(producers[chain[-1].input[0]])
-        second_inputs = (node.input[1] if len(node.input) > 1 else "" for node in chain[:2])
-        neutral, white = (constants.get(name) for name in second_inputs)
-        if [node.op_type for node in chain] != ["Sub", "Div", "Cast"] or neutral is None or white is None:
+    constants = _constants(graph)
+    for operators in (["Sub", "Div", "Cast"], ["Div", "Cast"]):
+        for last in [node for node in graph.node if node.op_type == operators[0]]:
+            chain = _chain(last, producers)[: len(operators)]
+            if [node.op_type for node in chain] != operators or last.input[1] not in constants:
+                continue
+            white = constants[chain[-2].input[1]]
+            neutral = constants[last.input[1]] * white if len(operators) > 2 else 0.0
+            reading = _levels(graph, last.output[0], 1 / white, neutral)
+            last.op_type, last.input[:] = "DequantizeLinear", [chain[-1].input[0], *reading]
+
+
+def _move_bytes(graph: onnx.GraphProto) -> None:
+    """DequantizeLinear, then only moved: move the bytes, a quarter as many, and read them afterwards."""
+    for read in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
+        moves = [node for node in graph.node if read.output[0] in node.input]
+        if any(node.op_type not in ("Reshape", "Gather") for node in moves):
             continue
-        name = chain[-1].input[0]
-        levels = {
-            f"{name}_level": np.float32(1 / white),
-            f"{name}_neutral": np.uint8(np.rint(neutral * white)),
-        }
-        graph.initializer.extend(
-            numpy_helper.from_array(np.asarray(level), key) for key, level in levels.items()
-        )
-        shift.op_type, shift.input[:] = "DequantizeLinear", [name, *levels]
-        for node in chain[1:]:
-            graph.node.remove(node)
+        for move in moves:
+            (moved,) = move.output
+            move.input[0], move.output[0] = read.input[0], f"{moved}_bytes"
+            node = helper.make_node("DequantizeLinear", [move.output[0], *read.input[1:]], [moved])
+            graph.node.insert(list(graph.node).index(move) + 1, node)
+        graph.node.remove(read)
+
+
+def _read_in_blocks(graph: onnx.GraphProto) -> None:
+    """A convolution of frames at stride 2: of blocks of 2x2 pixels, at stride 1.
+
+    The provider's 8-bit convolution goes tap by tap, and of three channels there is little to do at a tap: of
+    twelve, with a quarter of the taps, 7x7 to 16 channels takes half the time.
+    """
+    producers = {output: node for node in graph.node for output in node.output}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for conv in [node for node in graph.node if node.op_type == "Conv" and node.input[1] in weights]:
+        chain = _chain(conv, producers)
+        if [node.op_type for node in chain] != ["Conv", "DequantizeLinear", "Reshape", "Transpose"]:
+            continue
+        attributes, (_, read, view, planes) = _attributes(conv), chain
+        filters = numpy_helper.to_array(weights[conv.input[1]])
+        c_out, c_in, size, _ = filters.shape
+        before = size // 2
+        regular = {"kernel_shape": [size, size], "strides": [2, 2], "pads": [before] * 4}
+        if not attributes.items() >= regular.items() or _attributes(planes) != {"perm": [0, 1, 4, 2, 3]}:
+            continue
+        first = before % 2  # taps start within a block
+        blocks = (first + size + 1) // 2
+        rest = 2 * blocks - size - first
+        filters = np.pad(filters, ((0, 0), (0, 0), (first, rest), (first, rest)))
+        filters = filters.reshape(c_out, c_in, blocks, 2, blocks, 2).transpose(0, 3, 5, 1, 2, 4)
+        filters = np.ascontiguousarray(filters).reshape(c_out, 4 * c_in, blocks, blocks)
+        weights[conv.input[1]].CopyFrom(numpy_helper.from_array(filters, conv.input[1]))
+        start = (before + first) // 2
+        changed = {"kernel_shape": [blocks, blocks], "strides": [1, 1]}
+        changed["pads"] = [start, start, blocks - 1 - start, blocks - 1 - start]
+        del conv.attribute[:]
+        conv.attribute.extend(helper.make_attribute(*named) for named in (attributes | changed).items())
+
+        blocked = f"{view.output[0]}_in_blocks"
+        node = helper.make_node("InBlocks", [planes.input[0], view.input[1]], [blocked], domain=DOMAIN)
+        node.attribute.append(helper.make_attribute("pairs", [0, 0, 0, -1, 2 * c_in]))
+        graph.node.insert(list(graph.node).index(read), node)
+        read.input[0] = blocked
 
 
 def _read_in_fours(graph: onnx.GraphProto) -> None:
@@ -216,7 +225,7 @@ def _read_in_fours(graph: onnx.GraphProto) -> None:
             continue
         filters = numpy_helper.to_array(weights[conv.input[1]])
         missing = -filters.shape[1] % FOURS
-        if not missing:
+        if not missing or filters.shape[1] < FOURS:  # of one four alone, the fast one is the slower
             continue
         widened = np.pad(filters, ((0, 0), (0, missing), (0, 0), (0, 0)))
         weights[conv.input[1]].CopyFrom(numpy_helper.from_array(widened, conv.input[1]))
@@ -231,8 +240,43 @@ def _read_in_fours(graph: onnx.GraphProto) -> None:
             helper.make_node("Concat", [source, first], [wide], axis=1),
         ]
         read.input[0] = wide
-        for node in reversed(nodes):
+        for node in nodes:
             graph.node.insert(list(graph.node).index(read), node)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """What computed the grids, and constants that nothing refers to any more."""
+    while True:
+        read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+        unread = [node for node in graph.node if not read.intersection(node.output)]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def _chain(last: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """A node, what makes its first input, and so on back to an input of the graph."""
+    chain = [last]
+    while chain[-1].input and chain[-1].input[0] in producers:
+        chain.append(producers[chain[-1].input[0]])
+    return chain
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, float]:
+    """The scalars among a graph's constants."""
+    return {
+        tensor.name: float(numpy_helper.to_array(tensor)) for tensor in graph.initializer if not tensor.dims
+    }
+
+
+def _levels(graph: onnx.GraphProto, name: str, level: float, zero: float) -> list[str]:
+    """Add scale and zero point of bytes to a graph; gives their names."""
+    values = {f"{name}_level": np.float32(level), f"{name}_zero": np.uint8(np.rint(zero))}
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), key) for key, value in values.items())
+    return list(values)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, object]:

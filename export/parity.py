@@ -7,6 +7,7 @@ import logging
 import math
 import tomllib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Comparison:
     """One output tensor of one stage, in one case."""
 
     stage: str
+    rung: str
     tensor: str
     shape: tuple[int, ...]
     psnr_db: float
@@ -52,7 +54,7 @@ class Comparison:
     def __str__(self) -> str:
         """One line for a log or an error."""
         return (
-            f"{self.stage}.{self.tensor} {'x'.join(map(str, self.shape))}: "
+            f"{self.stage}.{self.tensor} in {self.rung}, {'x'.join(map(str, self.shape))}: "
             f"{self.psnr_db:.1f} dB (at least {self.min_psnr_db:g}), "
             f"max error {self.max_error:.3g} (at most {self.tolerated_error:g})"
         )
@@ -71,8 +73,10 @@ class Comparer:
     def __init__(self, section: str) -> None:
         self.tolerances = tomllib.loads(TOLERANCES.read_text())[section]
 
-    def __call__(self, model: spec.ModelSpec, found: Tensors, reference: Tensors) -> list[Comparison]:
-        """Compare all outputs of a model."""
+    def __call__(
+        self, model: spec.ModelSpec, rung: str, found: Tensors, reference: Tensors
+    ) -> list[Comparison]:
+        """Compare all outputs of a model, of that rung."""
         rows = []
         for tensor in (output.name for output in model.outputs):
             a, b = found[tensor], reference[tensor]
@@ -85,43 +89,53 @@ class Comparer:
             worst = float(np.abs(a.astype(np.float64) - b).max())
             rows.append(
                 Comparison(
-                    model.name, tensor, a.shape, psnr_db(a, b), worst,
+                    model.name, rung, tensor, a.shape, psnr_db(a, b), worst,
                     tolerance["psnr_db"], tolerance["max_error"],
                 )
             )  # fmt: skip
         return rows
 
 
-def compare_onnx(network: MstGan, paths: Mapping[str, Path]) -> list[Comparison]:
-    """Run every stage on the reference's inputs, and the chain on its own, in ONNX Runtime on the CPU."""
+def compare_onnx(network: MstGan, chains: Mapping[str, Mapping[str, Path]]) -> list[Comparison]:
+    """Run every stage on the reference's inputs, and the chains on their own, in ONNX Runtime on the CPU.
+
+    Args:
+        network: the reference.
+        chains: rung -> ONNX file of every stage; files that chains share are compared once.
+    """
     G_LOGGER.module_severity = G_LOGGER.ERROR
     compare = Comparer("onnx")
     rows = []
-    runners = {
-        stage.name: OnnxrtRunner(SessionFromOnnx(str(paths[stage.name]), providers=["CPUExecutionProvider"]))
-        for stage in spec.STAGES
-    }
-    for runner in runners.values():
-        runner.activate()
-    try:
+    with ExitStack() as stack:
+        runners = {
+            path: stack.enter_context(
+                OnnxrtRunner(SessionFromOnnx(str(path), providers=["CPUExecutionProvider"]))
+            )
+            for path in {path for chain in chains.values() for path in chain.values()}
+        }
         for batch, lr_size in CASES:
             reference: Tensors = {spec.LR_WINDOW.name: sample_windows(batch, lr_size)}
-            chained: Tensors = dict(reference)
             for stage in spec.STAGES:
-                with torch.inference_mode():
-                    inputs = [torch.from_numpy(reference[tensor.name]) for tensor in stage.inputs]
-                    outputs = network.get_submodule(stage.name)(*inputs)
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                names = [tensor.name for tensor in stage.outputs]
-                alone = _run(runners[stage.name], stage, reference)
-                reference |= {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
-                rows += compare(stage, alone, reference)
-                chained |= _run(runners[stage.name], stage, chained)
-            rows += compare(spec.ENSEMBLE, chained, reference)
-    finally:
-        for runner in runners.values():
-            runner.deactivate()
+                reference |= _run_reference(network, stage, reference)
+            compared: set[Path] = set()
+            for rung, chain in chains.items():
+                chained: Tensors = {spec.LR_WINDOW.name: reference[spec.LR_WINDOW.name]}
+                for stage in spec.STAGES:
+                    path = chain[stage.name]
+                    if path not in compared:
+                        rows += compare(stage, rung, _run(runners[path], stage, reference), reference)
+                        compared.add(path)
+                    chained |= _run(runners[path], stage, chained)
+                rows += compare(spec.ENSEMBLE, rung, chained, reference)
     return rows
+
+
+def _run_reference(network: MstGan, stage: spec.ModelSpec, tensors: Tensors) -> Tensors:
+    with torch.inference_mode():
+        inputs = [torch.from_numpy(tensors[tensor.name]) for tensor in stage.inputs]
+        outputs = network.get_submodule(stage.name)(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {tensor.name: value.numpy() for tensor, value in zip(stage.outputs, outputs, strict=True)}
 
 
 def _run(runner: OnnxrtRunner, stage: spec.ModelSpec, tensors: Tensors) -> Tensors:

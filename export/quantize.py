@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -51,14 +52,14 @@ CPU_WEIGHT_LEVEL = 64
 # turned to float and back for it.
 OPERATORS = (
     "Conv", "Add", "Relu", "Concat", "MaxPool", "Resize",
-    "Slice", "Reshape", "Flatten", "Gather", "Transpose",
+    "Slice", "Split", "Reshape", "Flatten", "Gather", "Transpose",
 )  # fmt: skip
 
-# Operator -> the input that says where to sample, and with which weights: needs more than 256 levels.
-POSITIONS = {"GridSample": 1, "Gather": 1, "MatMul": 0}
+# Operator -> the input that says where to sample, or with which weights: needs more than 256 levels.
+POSITIONS = {"GridSample": 1, "Gather": 1, "GatherND": 1, "MatMul": 0}
 
 # What stands between an image's bytes and the network: moving and scaling; and that around zero.
-MOVES = ("Transpose", "Cast", "Div", "Reshape", "Gather", "Concat")
+MOVES = ("Transpose", "Cast", "Div", "Reshape", "Gather", "Slice", "Concat")
 SHIFTS = ("Sub", "DequantizeLinear")
 
 Levels = tuple[float, int, int, int]
@@ -122,8 +123,12 @@ def calibrate(model: onnx.ModelProto, feeds: Iterable[Feeds]) -> TensorsData:
             for feed in feeds:  # one at a time: the calibrator holds every activation of what it is handed
                 calibrator.collect_data(_OneFeed(feed))
             ranges = calibrator.compute_data()
+    zeros = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if not tensor.dims
+    }
     for node in image_nodes(model.graph):
-        low = np.float32(-spec.NEUTRAL / 255 if node.op_type in SHIFTS else 0)
+        neutral = zeros[node.input[2]] if node.op_type == "DequantizeLinear" else spec.NEUTRAL
+        low = np.float32(-int(neutral) / 255 if node.op_type in SHIFTS else 0)
         for name in ranges.data.keys() & set(node.output):
             ranges[name] = TensorData(lowest=low, highest=low + np.float32(1))
     return ranges
@@ -203,16 +208,28 @@ def quantise_for_cpu(
         ranges: from ``calibrate``.
         left_float: convolutions to leave alone, by the network's names.
     """
-    model = copy.deepcopy(model)
+    model, ranges = copy.deepcopy(model), copy.deepcopy(ranges)
+    _join_ranges(model.graph, ranges)
     excluded = float_nodes(model.graph) | _keep_float(model.graph, left_float)
     quantizer = QDQQuantizer(
-        model, True, True, QuantType.QInt8, QuantType.QUInt8, copy.deepcopy(ranges),
+        model, True, True, QuantType.QInt8, QuantType.QUInt8, ranges,
         [], sorted(excluded), list(OPERATORS), {},
     )  # fmt: skip  # the second True is reduce_range: CPU_WEIGHT_LEVEL
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantised: onnx.ModelProto = quantizer.model.model
     return quantised
+
+
+def _join_ranges(graph: onnx.GraphProto, ranges: TensorsData) -> None:
+    """One range for all that a Concat joins: then the provider copies bytes, and looks none of them up."""
+    for node in graph.node:
+        names = [*node.input, *node.output]
+        if node.op_type != "Concat" or not ranges.data.keys() >= set(names):
+            continue
+        lows, highs = zip(*(ranges[name].range_value for name in names), strict=True)
+        for name in names:
+            ranges[name] = TensorData(lowest=min(lows), highest=max(highs))
 
 
 def _keep_float(graph: onnx.GraphProto, left_float: Sequence[str]) -> set[str]:
@@ -239,10 +256,13 @@ def _keep_float(graph: onnx.GraphProto, left_float: Sequence[str]) -> set[str]:
 
 
 def float_nodes(graph: onnx.GraphProto) -> set[str]:
-    """Names of nodes never to quantise: the skip connection, and the arithmetic of warps."""
-    skip = next(node for node in graph.node if node.op_type == "Pad")  # the bicubic's border
-    excluded = {skip.name} | {node.name for node in _descendants(graph, skip.output)}
-    return excluded | {node.name for node in position_nodes(graph)}
+    """Names of nodes never to quantise: the skip connection, and the arithmetic of warps.
+
+    What hands pixels to several warps is among them: in 8 bits, each would turn them to float on its own.
+    """
+    warped = {node.input[0] for node in graph.node if node.op_type == "GatherND"}
+    handing = [node for node in graph.node if warped.intersection(node.output)]
+    return {node.name for node in (*_skip_nodes(graph), *position_nodes(graph), *handing)}
 
 
 def position_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -254,10 +274,11 @@ def position_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield node
 
 
-def _descendants(graph: onnx.GraphProto, tensors: Iterable[str]) -> Iterator[onnx.NodeProto]:
-    reached = set(tensors)
+def _skip_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The bicubic's border, its convolution, the addition and what follows it."""
+    reached: set[str] = set()
     for node in graph.node:
-        if reached.intersection(node.input):
+        if node.op_type == "Pad" or reached.intersection(node.input):
             reached.update(node.output)
             yield node
 

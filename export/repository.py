@@ -20,6 +20,7 @@ from export.errors import ExportError
 VERSION = "1"  # the one version directory of every model
 MODEL_FILE = "model.onnx"  # what config.pbtxt serves: the best that the last export made for its machine
 FP32, FP16, INT8 = "fp32", "fp16", "int8"  # rungs: precisions that a generator comes in
+CPU = "cpu"  # another rung: FP32 in the operators that ONNX Runtime is fast at on a processor
 PARENT_KEY = "fp32_sha256"  # in a rung's metadata: digest of the FP32 graph that it was converted from
 BANNER = "# Generated from export/spec.py by `python -m export repository`; edit there.\n"
 
@@ -44,15 +45,19 @@ class Choice:
 
     kind: pb.ModelInstanceGroup.Kind.ValueType
     """Device of the instances; ``KIND_AUTO`` is a GPU where Triton sees one, else the CPU."""
-    rung: str
-    """Precision of the generator."""
+    rungs: Mapping[str, str]
+    """Stage -> rung; the others come in one form."""
 
 
 CHOICES = {
-    "cpu": Choice(pb.ModelInstanceGroup.KIND_CPU, INT8),
-    "cuda": Choice(pb.ModelInstanceGroup.KIND_GPU, FP16),
-    "fp32": Choice(pb.ModelInstanceGroup.KIND_AUTO, FP32),
+    name: Choice(kind, {spec.FLOW_ALIGN.name: flow_align, spec.GENERATOR.name: generator})
+    for name, kind, flow_align, generator in (
+        ("cpu", pb.ModelInstanceGroup.KIND_CPU, CPU, INT8),
+        ("cuda", pb.ModelInstanceGroup.KIND_GPU, FP32, FP16),
+        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, FP32, FP32),
+    )
 }
+WITH_RUNGS = {stage for choice in CHOICES.values() for stage in choice.rungs}
 TENSORRT = "tensorrt"  # the choice of plans in place of ONNX files
 
 ONNX_TYPES = {
@@ -94,7 +99,7 @@ def write_configs(repository: Path) -> None:
 
 
 def rung_file(rung: str) -> str:
-    """Name of a generator of one precision in the repository, beside ``model.onnx``."""
+    """Name of a rung in the repository, beside ``model.onnx``."""
     return f"model.{rung}.onnx"
 
 
@@ -123,27 +128,27 @@ def parent_digest(path: Path) -> str:
     return next((p.value for p in onnx.load(path).metadata_props if p.key == PARENT_KEY), "")
 
 
-def install(build: Path, repository: Path, rungs: Sequence[str] = (), served: str = FP32) -> None:
+def install(build: Path, repository: Path, rungs: Mapping[str, Sequence[str]] | None = None) -> None:
     """Put every stage of a build folder into the repository: all of them, or none.
 
-    ``model.onnx`` of each model is what ``config.pbtxt`` serves; beside the generator's lie its rungs, by
-    name. Rungs of an earlier export stay if they come from the same FP32 graph, and go if they do not.
-    Everything is checked and copied next to its target first; what remains is one rename per file.
+    ``model.onnx`` of each model is what ``config.pbtxt`` serves; beside it lie its rungs, by name. Rungs of
+    an earlier export stay if they come from the same FP32 graph, and go if they do not. Everything is checked
+    and copied next to its target first; what remains is one rename per file.
 
     Args:
-        build: folder with ``<model>.onnx``, and ``generator.<rung>.onnx``.
+        build: folder with ``<model>.onnx``, and ``<model>.<rung>.onnx``.
         repository: where the models lie.
-        rungs: of the generator to install beside FP32.
-        served: the rung that becomes ``model.onnx``.
+        rungs: stage -> rungs to install beside FP32; the last becomes ``model.onnx``, in place of FP32.
 
     Raises:
         ExportError: A file is missing, unreadable, off the contract, or cannot be copied.
     """
-    generators = {MODEL_FILE: served} | {rung_file(rung): rung for rung in (FP32, *rungs)}
-    files = [(spec.GENERATOR, rung_path(build, rung), name) for name, rung in generators.items()]
-    files += [
-        (stage, stage_path(build, stage), MODEL_FILE) for stage in spec.STAGES if stage != spec.GENERATOR
-    ]
+    files = []
+    for stage in spec.STAGES:
+        all_rungs = (FP32, *(rungs or {}).get(stage.name, ()))
+        files.append((stage, stage_path(build, stage, all_rungs[-1]), MODEL_FILE))
+        if stage.name in WITH_RUNGS:
+            files += [(stage, stage_path(build, stage, rung), rung_file(rung)) for rung in all_rungs]
     for stage, source, _ in files:
         _check_onnx(source, stage)
 
@@ -218,7 +223,7 @@ def _remove_strangers(build: Path, repository: Path) -> None:
 
 def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.ModelConfig:
     kind = choice.kind if choice else pb.ModelInstanceGroup.KIND_AUTO
-    file = rung_file(choice.rung) if choice and stage == spec.GENERATOR else MODEL_FILE
+    file = rung_file(choice.rungs[stage.name]) if choice and stage.name in choice.rungs else MODEL_FILE
     return pb.ModelConfig(
         name=stage.name,
         backend="onnxruntime",
@@ -237,7 +242,7 @@ def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.Mod
 
 
 def _plan_config(stage: spec.ModelSpec) -> pb.ModelConfig:
-    config = _stage_config(stage, Choice(pb.ModelInstanceGroup.KIND_GPU, FP32))
+    config = _stage_config(stage, Choice(pb.ModelInstanceGroup.KIND_GPU, {}))
     config.platform = "tensorrt_plan"
     config.backend = "tensorrt"
     config.default_model_filename = PLAN_FILE

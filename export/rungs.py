@@ -29,13 +29,24 @@ from export.quantize import (
     sensitivity,
     write_table,
 )
-from export.repository import FP16, FP32, INT8, PARENT_KEY, TENSORRT, parent_digest, rung_path, sha256
+from export.repository import (
+    CPU,
+    FP16,
+    FP32,
+    INT8,
+    PARENT_KEY,
+    TENSORRT,
+    parent_digest,
+    rung_path,
+    sha256,
+    stage_path,
+)
 from export.sample import Frames, reduced_windows
 from export.tensorrt_graph import quantise_for_tensorrt, tensorrt_graph
 
 log = logging.getLogger(__name__)
 
-TARGETS = {"cpu": INT8, "cuda": FP16, "fp32": FP32}
+TARGETS = {CPU: INT8, "cuda": FP16, "fp32": FP32}
 """Target -> the rung that its generator stands on."""
 
 PLANS = (
@@ -71,6 +82,29 @@ def check_target(target: str) -> None:
             "GPUs by `make export TARGET=cuda`"
         )
     load_library(TENSORRT)
+
+
+def chains_of(target: str, stages: Mapping[str, Path], folder: Path) -> dict[str, Mapping[str, Path]]:
+    """The chains of FP32 stages that a target serves or starts from, written into the build folder.
+
+    Args:
+        target: one of ``TARGETS``, or TensorRT.
+        stages: FP32 ONNX file of every stage.
+        folder: build folder.
+
+    Returns:
+        Rung -> ONNX file of every stage; all compute the same.
+    """
+    chains: dict[str, Mapping[str, Path]] = {FP32: stages}
+    if target == CPU:
+        source = stages[spec.FLOW_ALIGN.name]
+        path = stage_path(folder, spec.FLOW_ALIGN, CPU)
+        log.info("converting %s", path)
+        model = cpu_graph(onnx.load(source))
+        onnx.helper.set_model_props(model, {PARENT_KEY: sha256(source)})
+        onnx.save(model, path)
+        chains[CPU] = {**stages, spec.FLOW_ALIGN.name: path}
+    return chains
 
 
 def build_rung(

@@ -17,24 +17,29 @@ from export import onnx_export, parity, spec
 from export.__main__ import main
 from export.checkpoint import DEFAULT, load_checkpoint, save_checkpoint
 from export.network import PRUNED, MstGan
-from export.repository import stage_path
+from export.repository import WITH_RUNGS, stage_path
 from export.sample import sample_windows
 
 
 def installed(folder: Path) -> list[Path]:
     """The FP32 file of every stage."""
-    names = {spec.GENERATOR.name: "model.fp32.onnx"}
     return [
-        folder / "models" / stage.name / "1" / names.get(stage.name, "model.onnx") for stage in spec.STAGES
+        folder
+        / "models"
+        / stage.name
+        / "1"
+        / ("model.fp32.onnx" if stage.name in WITH_RUNGS else "model.onnx")
+        for stage in spec.STAGES
     ]
 
 
 def test_build_fills_the_repository(built: Path) -> None:
     assert all(path.is_file() for path in installed(built))
     rows = json.loads((built / "build" / "parity.json").read_text())["onnx"]
-    assert {(row["stage"], row["tensor"]) for row in rows} == {
-        ("flow_align", "flow"), ("flow_align", "aligned"), ("generator", "subpixels"),
-        ("pixel_shuffle", "hr_frame"), ("mst_gan", "hr_frame"),
+    assert {(row["rung"], row["stage"], row["tensor"]) for row in rows} == {
+        ("fp32", "flow_align", "flow"), ("fp32", "flow_align", "aligned"), ("fp32", "generator", "subpixels"),
+        ("fp32", "pixel_shuffle", "hr_frame"), ("fp32", "mst_gan", "hr_frame"),
+        ("cpu", "flow_align", "flow"), ("cpu", "flow_align", "aligned"), ("cpu", "mst_gan", "hr_frame"),
     }  # fmt: skip
     assert all(row["passed"] for row in rows)
 
@@ -74,7 +79,7 @@ def test_parity_sees_a_wrong_weight(checkpoint: Path, built: Path) -> None:
     paths = {stage.name: path for stage, path in zip(spec.STAGES, installed(built), strict=True)}
     network = load_checkpoint(checkpoint)
     network.generator.tail.weight[0, 0, 1, 1] += 1
-    failed = {row.stage for row in parity.compare_onnx(network, paths) if not row.passed}
+    failed = {row.stage for row in parity.compare_onnx(network, {"fp32": paths}) if not row.passed}
     assert failed == {"generator", "mst_gan"}
 
 

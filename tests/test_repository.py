@@ -138,20 +138,20 @@ def test_ensemble_publishes_the_contract_and_nothing_triton_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "generator"),
+    ("name", "kind", "rungs"),
     [
-        ("cpu", pb.ModelInstanceGroup.KIND_CPU, "int8"),
-        ("cuda", pb.ModelInstanceGroup.KIND_GPU, "fp16"),
-        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, "fp32"),
+        ("cpu", pb.ModelInstanceGroup.KIND_CPU, {"flow_align": "cpu", "generator": "int8"}),
+        ("cuda", pb.ModelInstanceGroup.KIND_GPU, {"flow_align": "fp32", "generator": "fp16"}),
+        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, {"flow_align": "fp32", "generator": "fp32"}),
     ],
 )
-def test_alternatives_differ_in_device_and_generator_alone(name: str, kind: int, generator: str) -> None:
+def test_alternatives_differ_in_device_and_rungs_alone(name: str, kind: int, rungs: dict[str, str]) -> None:
     files = config_files()
     for stage in STAGE_NAMES:
         config = files[f"{stage}/config.pbtxt"]
         alternative = files.get(f"{stage}/configs/{name}.pbtxt", config)  # as Triton falls back
         assert {group.kind for group in alternative.instance_group} == {kind}
-        file = f"model.{generator}.onnx" if stage == "generator" else "model.onnx"
+        file = f"model.{rungs[stage]}.onnx" if stage in rungs else "model.onnx"
         assert alternative.default_model_filename == file
         same = pb.ModelConfig()
         same.CopyFrom(alternative)
@@ -246,9 +246,9 @@ def test_plans_go_when_other_weights_come(build: Path, plans: dict[str, Path], m
     assert installed(models, "generator") == ["model.fp32.onnx", "model.onnx"]
 
 
-def add_rung(build: Path, rung: str) -> Path:
-    """A generator that says it was made from the build folder's."""
-    parent, path = build / "generator.onnx", build / f"generator.{rung}.onnx"
+def add_rung(build: Path, stage: str, rung: str) -> Path:
+    """A graph that says it was made from the stage's in the build folder."""
+    parent, path = build / f"{stage}.onnx", build / f"{stage}.{rung}.onnx"
     model = onnx.load(parent)
     onnx.helper.set_model_props(model, {PARENT_KEY: sha256(parent)})
     onnx.save(model, path)
@@ -264,28 +264,32 @@ def test_install_replaces_every_file(build: Path, models: Path) -> None:
     assert installed(models, "pixel_shuffle") == ["model.onnx"]
 
 
-def test_the_served_rung_becomes_the_model(build: Path, models: Path) -> None:
-    rung = add_rung(build, "int8")
-    install(build, models, ["int8"], served="int8")
+@pytest.mark.parametrize(("stage", "rung"), [("generator", "int8"), ("flow_align", "cpu")])
+def test_the_last_rung_becomes_the_model(build: Path, models: Path, stage: str, rung: str) -> None:
+    path = add_rung(build, stage, rung)
+    install(build, models, {stage: [rung]})
 
-    version = models / "generator/1"
-    assert installed(models, "generator") == ["model.fp32.onnx", "model.int8.onnx", "model.onnx"]
-    assert (version / "model.onnx").read_bytes() == rung.read_bytes()
-    assert (version / "model.int8.onnx").read_bytes() == rung.read_bytes()
-    assert (version / "model.fp32.onnx").read_bytes() == (build / "generator.onnx").read_bytes()
+    version = models / stage / "1"
+    assert set(installed(models, stage)) == {"model.fp32.onnx", f"model.{rung}.onnx", "model.onnx"}
+    assert (version / "model.onnx").read_bytes() == path.read_bytes()
+    assert (version / f"model.{rung}.onnx").read_bytes() == path.read_bytes()
+    assert (version / "model.fp32.onnx").read_bytes() == (build / f"{stage}.onnx").read_bytes()
 
 
-def test_rungs_stay_with_their_weights_and_go_with_others(build: Path, models: Path) -> None:
-    add_rung(build, "int8")
-    install(build, models, ["int8"], served="int8")
+@pytest.mark.parametrize(("stage", "rung"), [("generator", "int8"), ("flow_align", "cpu")])
+def test_rungs_stay_with_their_weights_and_go_with_others(
+    build: Path, models: Path, stage: str, rung: str
+) -> None:
+    add_rung(build, stage, rung)
+    install(build, models, {stage: [rung]})
     install(build, models)
-    assert "model.int8.onnx" in installed(models, "generator")
+    assert f"model.{rung}.onnx" in installed(models, stage)
 
-    fp32 = onnx.load(build / "generator.onnx")
+    fp32 = onnx.load(build / f"{stage}.onnx")
     fp32.doc_string = "other weights"
-    onnx.save(fp32, build / "generator.onnx")
+    onnx.save(fp32, build / f"{stage}.onnx")
     install(build, models)
-    assert installed(models, "generator") == ["model.fp32.onnx", "model.onnx"]
+    assert installed(models, stage) == ["model.fp32.onnx", "model.onnx"]
 
 
 def installed(models: Path, name: str) -> list[str]:
@@ -369,17 +373,17 @@ def assert_old_files(models: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("options", "file"),
+    ("options", "flow_align", "generator"),
     [
-        ((), "model.onnx"),
-        (("--model-config-name=cpu",), "model.int8.onnx"),
-        (("--model-config-name=fp32",), "model.fp32.onnx"),
+        ((), "model.onnx", "model.onnx"),
+        (("--model-config-name=cpu",), "model.cpu.onnx", "model.int8.onnx"),
+        (("--model-config-name=fp32",), "model.fp32.onnx", "model.fp32.onnx"),
     ],
 )
-def test_the_server_takes_the_chosen_generator(
-    built: Path, tmp_path: Path, options: tuple[str, ...], file: str
+def test_the_server_takes_the_chosen_rungs(
+    built: Path, tmp_path: Path, options: tuple[str, ...], flow_align: str, generator: str
 ) -> None:
     with TritonServer(built / "models", tmp_path / "triton.log", *options) as server:
         log = server.log_file.read_text()
-    assert f"generator stream_0_0: {file} on CPUExecutionProvider" in log
-    assert "flow_align stream_0_0: model.onnx on CPUExecutionProvider" in log
+    assert f"generator stream_0_0: {generator} on CPUExecutionProvider" in log
+    assert f"flow_align stream_0_0: {flow_align} on CPUExecutionProvider" in log

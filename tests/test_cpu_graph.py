@@ -1,0 +1,127 @@
+"""Graphs for ONNX Runtime's CPU provider compute what they were made from, in other operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper, parser
+
+from export import spec
+from export.cpu_functions import DOMAIN, FUNCTIONS
+from export.cpu_graph import cpu_graph
+from export.network.warp import backward_warp, nearest_sample
+
+Array = np.ndarray
+FUNCTION = {parsed.name: parsed for parsed in map(parser.parse_function, FUNCTIONS)}
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, Array]) -> dict[str, Array]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
+
+
+def call(function: str, feeds: dict[str, Array]) -> Array:
+    """Run one of the functions on its own."""
+    inputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, a.shape) for name, a in feeds.items()
+    ]
+    output = helper.make_tensor_value_info("sampled", onnx.TensorProto.FLOAT, None)
+    node = helper.make_node(function, list(feeds), ["sampled"], domain=DOMAIN)
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, [output]),
+        opset_imports=[helper.make_opsetid("", spec.OPSET), helper.make_opsetid(DOMAIN, 1)],
+        functions=[FUNCTION[function]],
+        ir_version=9,
+    )
+    return run(model, feeds)["sampled"]
+
+
+def places(flow: torch.Tensor) -> dict[str, Array]:
+    """Where a flow (N, 2, h, w) points, in pixels."""
+    height, width = flow.shape[-2:]
+    x = torch.arange(width) + flow[:, 0]
+    y = torch.arange(height).unsqueeze(1) + flow[:, 1]
+    return {"x": x.numpy(), "y": y.numpy()}
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 3.0, 1000.0])
+@pytest.mark.parametrize("size", [(7, 10), (1, 5), (5, 1), (1, 1)])
+@pytest.mark.parametrize(("function", "channels"), [("SamplePlanes", 3), ("SamplePixels", 8)])
+def test_a_warp_samples_between_pixels(
+    function: str, channels: int, size: tuple[int, int], spread: float
+) -> None:
+    torch.manual_seed(1)
+    image, flow = torch.rand(2, channels, *size), spread * torch.randn(2, 2, *size)
+    found = call(function, {"image": image.numpy(), **places(flow)})
+    np.testing.assert_allclose(found, backward_warp(image, flow), atol=2e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0, 1000.0])
+@pytest.mark.parametrize("size", [(7, 10), (1, 5), (5, 1)])
+def test_the_nearest_sample_is_a_sample(size: tuple[int, int], spread: float) -> None:
+    torch.manual_seed(1)
+    image, flow = torch.rand(2, 2, *size), spread * torch.randn(2, 2, *size)
+    found = call("NearestInPlanes", {"image": image.numpy(), **places(flow.round())})
+    np.testing.assert_array_equal(found, nearest_sample(image, flow)[0])
+
+
+def feeds(stage: spec.ModelSpec, batch: int, lr_size: spec.Size) -> dict[str, Array]:
+    """Noise, and motion that also leaves the frame."""
+    rng = np.random.default_rng(3)
+    return {
+        tensor.name: rng.integers(0, 256, tensor.shape(batch, lr_size), np.uint8)
+        if tensor.dtype == "UINT8"
+        else rng.normal(0, 4, tensor.shape(batch, lr_size)).astype(np.float32)
+        for tensor in stage.inputs
+    }
+
+
+@pytest.mark.parametrize("lr_size", [(20, 36), (36, 20)])
+@pytest.mark.parametrize("stage", [spec.FLOW_ALIGN, spec.GENERATOR], ids=lambda stage: stage.name)
+def test_a_stage_stays_the_same_function(built: Path, stage: spec.ModelSpec, lr_size: spec.Size) -> None:
+    model = onnx.load(built / "build" / f"{stage.name}.onnx")
+    rewritten = cpu_graph(model)
+    onnx.checker.check_model(rewritten, full_check=True)
+    operators = {node.op_type for node in rewritten.graph.node}
+    assert not operators & {"GridSample", "DepthToSpace"}
+    read = {name for node in rewritten.graph.node for name in node.input}
+    assert read.issuperset(tensor.name for tensor in rewritten.graph.initializer)
+
+    inputs = feeds(stage, 2, lr_size)
+    wanted = run(model, inputs)
+    for name, found in run(rewritten, inputs).items():
+        difference = np.abs(found.astype(float) - wanted[name])
+        if found.dtype == np.uint8:  # a level may fall to either side, a sample be either of two neighbours
+            assert np.mean(difference > 1) < 1e-3
+            assert np.mean(difference) < 0.01
+        else:
+            assert difference.max() < 1e-3
+
+
+def test_strided_convolutions_read_blocks(built: Path) -> None:
+    graph = cpu_graph(onnx.load(built / "build/generator.onnx")).graph
+    (stem,) = (node for node in graph.node if "encoder.stem.weight" in node.input)
+    attributes = {a.name: helper.get_attribute_value(a) for a in stem.attribute}
+    assert attributes["kernel_shape"] == [4, 4]
+    assert attributes["strides"] == [1, 1]
+
+
+def test_what_does_not_match_stays() -> None:
+    """A grid that was given, not made of places."""
+    text = """
+    <ir_version: 9, opset_import: ["": 18]>
+    g (float[1, 2, 4, 4] image, float[1, 4, 4, 2] grid) => (float[1, 2, 4, 4] a, float[1, 2, 4, 4] b) {
+        a = GridSample <mode = "bilinear", padding_mode = "border", align_corners = 0> (image, grid)
+        b = GridSample (image, grid)
+    }
+    """
+    model = parser.parse_model(text)
+    rewritten = cpu_graph(model)
+    assert [node.op_type for node in rewritten.graph.node] == ["GridSample", "GridSample"]
