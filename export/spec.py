@@ -20,8 +20,8 @@ MAX_BATCH = BATCHES[-1]
 LR_SIZES: tuple[Size, Size, Size] = ((16, 16), (360, 640), (720, 1280))  # min, opt, max of a plan's profile
 FLOW_STRIDE = 4  # lr pixels per flow pixel
 INSTANCE_GROUPS = ("stream_0", "stream_1")
-"""The papers' two streams: copies of each stage in flight. 9 % more frames than one on two cores, 2026-11-25
-(sweep ``instances`` in perf/REPORT.md)."""
+"""The papers' two streams: copies of each stage in flight. On two cores 9 and 26 % more frames than one, in
+two runs, 2026-11-25 and 26 (sweep ``instances`` in perf/REPORT.md)."""
 MAX_QUEUE_DELAY_US = 0
 """How long a batcher holds an incomplete batch. Not at all: what arrives while both instances are busy makes
 batches by itself; no wait from 1 to 20 ms gained frames, and all cost latency, 2026-11-25 (sweep
