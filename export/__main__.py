@@ -69,7 +69,7 @@ def build(
         chains_of,
         check_target,
         default_target,
-    )  # fmt: skip
+    )
     from export.sample import calibration_windows
     from export.spec import FLOW_ALIGN, GENERATOR
 

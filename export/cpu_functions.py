@@ -207,4 +207,4 @@ FUNCTIONS = (
     _ADD_BY_COLOURS,
 )
 """``SamplePlanes`` suits few channels and ``SamplePixels`` many; ``NearestInPlanes`` takes the nearest
-sample; ``Weave`` doubles the sides, ``InBlocks`` halves them."""
+sample; ``Weave`` doubles the sides, ``InBlocks`` halves them; ``AddByColours`` ends the generator."""

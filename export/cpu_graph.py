@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -22,7 +22,7 @@ FOURS = 4  # input channels that ONNX Runtime's 8-bit convolution takes at once
 SHUFFLE = 2  # the generator's shuffles double the sides
 FEW = 4  # channels of an image up to which a warp goes through its planes, not through its pixels
 
-GRID = ("Unsqueeze", "Sub", "Div", "Add", "Mul")
+GRID = ["Unsqueeze", "Sub", "Div", "Add", "Mul"]
 """From a coordinate of ``grid_sample`` back to a place in pixels, as ``network.warp`` makes the one of the
 other: the first input of the last."""
 
@@ -51,7 +51,7 @@ def cpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _weave_shuffles(graph: onnx.GraphProto) -> None:
     """Conv -> DepthToSpace (-> Relu): order the filters anew, and clip before the pixels move."""
-    producers = {output: node for node in graph.node for output in node.output}
+    producers = _producers(graph)
     readers = Counter(name for node in graph.node for name in node.input)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
@@ -80,26 +80,19 @@ def _weave_shuffles(graph: onnx.GraphProto) -> None:
 
 def _sample_places(graph: onnx.GraphProto) -> None:
     """GridSample of a grid from places in pixels: sample at the places."""
-    producers = {output: node for node in graph.node for output in node.output}
+    producers = _producers(graph)
     shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
     for node in [node for node in graph.node if node.op_type == "GridSample"]:
         attributes = _attributes(node)
         mode = attributes.pop("mode", None)
         grid = producers.get(node.input[1])
-        places = [_place(name, producers) for name in grid.input] if grid else [None]
-        if attributes != {"padding_mode": b"border", "align_corners": 0} or None in places:
+        coordinates = grid.input if grid else []
+        chains = [_chain(producers[name], GRID, producers) for name in coordinates if name in producers]
+        if attributes != {"padding_mode": b"border", "align_corners": 0} or not chains or not all(chains):
             continue
         function = "SamplePlanes" if shapes[node.output[0]][1].dim_value <= FEW else "SamplePixels"
-        node.input[1:] = places
+        node.input[1:] = [chain[-1].input[0] for chain in chains]
         _call(node, "NearestInPlanes" if mode == b"nearest" else function)
-
-
-def _place(name: str, producers: Mapping[str, onnx.NodeProto]) -> str | None:
-    for operator in GRID:
-        if name not in producers or producers[name].op_type != operator:
-            return None
-        name = producers[name].input[0]
-    return name
 
 
 def _round_at_once(graph: onnx.GraphProto) -> None:
@@ -108,32 +101,29 @@ def _round_at_once(graph: onnx.GraphProto) -> None:
     It divides by 1/255: of a frame's millions of values, the dozen that lie on the edge of two levels may go
     to the other.
     """
-    producers = {output: node for node in graph.node for output in node.output}
-    constants = _constants(graph)
+    producers = _producers(graph)
+    constants = scalars(graph)
     for cast in [node for node in graph.node if node.op_type == "Cast"]:
-        chain = _chain(cast, producers)
-        operators = [node.op_type for node in chain]
-        if operators[:4] == ["Cast", "Round", "Mul", "Clip"]:
-            source, level, zero = chain[3].input[0], 1 / constants[chain[2].input[1]], 0.0
-        elif operators[:3] == ["Cast", "Round", "Add"] and chain[2].input[1] in constants:
-            source, level, zero = chain[2].input[0], 1.0, constants[chain[2].input[1]]
+        if chain := _chain(cast, ["Cast", "Round", "Mul", "Clip"], producers):
+            level, zero = 1 / constants[chain[2].input[1]], 0.0
+        elif (chain := _chain(cast, ["Cast", "Round", "Add"], producers)) and chain[2].input[1] in constants:
+            level, zero = 1.0, constants[chain[2].input[1]]
         else:
             continue
+        source = chain[-1].input[0]
         cast.op_type, cast.input[:] = "QuantizeLinear", [source, *_levels(graph, cast.output[0], level, zero)]
         del cast.attribute[:]
 
 
 def _add_by_colours(graph: onnx.GraphProto) -> None:
     """Convolution of the skip connection, addition and rounding: one colour after the other."""
-    producers = {output: node for node in graph.node for output in node.output}
+    producers = _producers(graph)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        chain = _chain(rounding, producers)
-        if len(chain) < 2 or chain[1].op_type != "Add" or chain[1].input[1] not in producers:
-            continue
-        tail, skip = chain[1].input
-        conv = producers[skip]
-        if conv.op_type != "Conv" or _attributes(conv)["group"] != spec.CHANNELS:
+        chain = _chain(rounding, ["QuantizeLinear", "Add"], producers)
+        tail, skip = chain[-1].input if chain else ("", "")
+        conv = producers.get(skip)
+        if conv is None or conv.op_type != "Conv" or _attributes(conv)["group"] != spec.CHANNELS:
             continue
         frame, kernel = conv.input
         kernels = {
@@ -146,12 +136,12 @@ def _add_by_colours(graph: onnx.GraphProto) -> None:
 
 def _read_at_once(graph: onnx.GraphProto) -> None:
     """Bytes cast, / 255, perhaps less the neutral one: one DequantizeLinear, and 8-bit layers need none."""
-    producers = {output: node for node in graph.node for output in node.output}
-    constants = _constants(graph)
+    producers = _producers(graph)
+    constants = scalars(graph)
     for operators in (["Sub", "Div", "Cast"], ["Div", "Cast"]):
         for last in [node for node in graph.node if node.op_type == operators[0]]:
-            chain = _chain(last, producers)[: len(operators)]
-            if [node.op_type for node in chain] != operators or last.input[1] not in constants:
+            chain = _chain(last, operators, producers)
+            if not chain or last.input[1] not in constants:
                 continue
             white = constants[chain[-2].input[1]]
             neutral = constants[last.input[1]] * white if len(operators) > 2 else 0.0
@@ -179,11 +169,11 @@ def _read_in_blocks(graph: onnx.GraphProto) -> None:
     The provider's 8-bit convolution goes tap by tap, and of three channels there is little to do at a tap: of
     twelve, with a quarter of the taps, 7x7 to 16 channels takes half the time.
     """
-    producers = {output: node for node in graph.node for output in node.output}
+    producers = _producers(graph)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     for conv in [node for node in graph.node if node.op_type == "Conv" and node.input[1] in weights]:
-        chain = _chain(conv, producers)
-        if [node.op_type for node in chain] != ["Conv", "DequantizeLinear", "Reshape", "Transpose"]:
+        chain = _chain(conv, ["Conv", "DequantizeLinear", "Reshape", "Transpose"], producers)
+        if not chain:
             continue
         attributes, (_, read, view, planes) = _attributes(conv), chain
         filters = numpy_helper.to_array(weights[conv.input[1]])
@@ -257,16 +247,26 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
         graph.initializer.remove(tensor)
 
 
-def _chain(last: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """A node, what makes its first input, and so on back to an input of the graph."""
-    chain = [last]
-    while chain[-1].input and chain[-1].input[0] in producers:
-        chain.append(producers[chain[-1].input[0]])
+def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in graph.node for output in node.output}
+
+
+def _chain(
+    last: onnx.NodeProto, operators: Sequence[str], producers: Mapping[str, onnx.NodeProto]
+) -> list[onnx.NodeProto]:
+    """A node, what makes its first input, and so on, if these are their operators; else nothing."""
+    chain: list[onnx.NodeProto] = []
+    node: onnx.NodeProto | None = last
+    for operator in operators:
+        if node is None or node.op_type != operator:
+            return []
+        chain.append(node)
+        node = producers.get(node.input[0])
     return chain
 
 
-def _constants(graph: onnx.GraphProto) -> dict[str, float]:
-    """The scalars among a graph's constants."""
+def scalars(graph: onnx.GraphProto) -> dict[str, float]:
+    """The numbers among a graph's constants."""
     return {
         tensor.name: float(numpy_helper.to_array(tensor)) for tensor in graph.initializer if not tensor.dims
     }

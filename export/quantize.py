@@ -18,7 +18,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -30,6 +29,7 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from torch import Tensor, nn
 
 from export import spec
+from export.cpu_graph import scalars
 from export.network import Generator
 from export.network.frames import frames_from_window
 
@@ -123,12 +123,12 @@ def calibrate(model: onnx.ModelProto, feeds: Iterable[Feeds]) -> TensorsData:
             for feed in feeds:  # one at a time: the calibrator holds every activation of what it is handed
                 calibrator.collect_data(_OneFeed(feed))
             ranges = calibrator.compute_data()
-    zeros = {
-        tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if not tensor.dims
-    }
+    constants = scalars(model.graph)
     for node in image_nodes(model.graph):
-        neutral = zeros[node.input[2]] if node.op_type == "DequantizeLinear" else spec.NEUTRAL
-        low = np.float32(-int(neutral) / 255 if node.op_type in SHIFTS else 0)
+        neutral = spec.NEUTRAL if node.op_type == "Sub" else 0.0
+        if node.op_type == "DequantizeLinear":
+            neutral = constants[node.input[2]]
+        low = np.float32(0 - neutral / 255)
         for name in ranges.data.keys() & set(node.output):
             ranges[name] = TensorData(lowest=low, highest=low + np.float32(1))
     return ranges
@@ -260,9 +260,11 @@ def float_nodes(graph: onnx.GraphProto) -> set[str]:
 
     What hands pixels to several warps is among them: in 8 bits, each would turn them to float on its own.
     """
+    skip = next(node for node in graph.node if node.op_type == "Pad")  # the bicubic's border
+    excluded = {skip.name} | {node.name for node in _descendants(graph, skip.output)}
     warped = {node.input[0] for node in graph.node if node.op_type == "GatherND"}
-    handing = [node for node in graph.node if warped.intersection(node.output)]
-    return {node.name for node in (*_skip_nodes(graph), *position_nodes(graph), *handing)}
+    excluded |= {node.name for node in graph.node if warped.intersection(node.output)}
+    return excluded | {node.name for node in position_nodes(graph)}
 
 
 def position_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -274,11 +276,10 @@ def position_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield node
 
 
-def _skip_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The bicubic's border, its convolution, the addition and what follows it."""
-    reached: set[str] = set()
+def _descendants(graph: onnx.GraphProto, tensors: Iterable[str]) -> Iterator[onnx.NodeProto]:
+    reached = set(tensors)
     for node in graph.node:
-        if node.op_type == "Pad" or reached.intersection(node.input):
+        if reached.intersection(node.input):
             reached.update(node.output)
             yield node
 

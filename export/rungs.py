@@ -100,9 +100,7 @@ def chains_of(target: str, stages: Mapping[str, Path], folder: Path) -> dict[str
         source = stages[spec.FLOW_ALIGN.name]
         path = stage_path(folder, spec.FLOW_ALIGN, CPU)
         log.info("converting %s", path)
-        model = cpu_graph(onnx.load(source))
-        onnx.helper.set_model_props(model, {PARENT_KEY: sha256(source)})
-        onnx.save(model, path)
+        _save(cpu_graph(onnx.load(source)), path, source)
         chains[CPU] = {**stages, spec.FLOW_ALIGN.name: path}
     return chains
 
@@ -136,8 +134,7 @@ def build_rung(
     log.info("converting %s", path)
     fp32 = onnx.load(stages[spec.GENERATOR.name])
     model = to_fp16(fp32) if rung == FP16 else _int8_for_cpu(network, fp32, folder, calibration)
-    onnx.helper.set_model_props(model, {PARENT_KEY: sha256(stages[spec.GENERATOR.name])})
-    onnx.save(model, path)
+    _save(model, path, stages[spec.GENERATOR.name])
     return [judge_generator(rung, path, FP32, stages, judge_speed=judge_speed)]
 
 
@@ -162,8 +159,7 @@ def build_for_tensorrt(
     graphs[f"{spec.GENERATOR.name}.{FP16}"] = to_fp16(generator)
     graphs[f"{spec.GENERATOR.name}.{INT8}"] = to_fp16(quantise_for_tensorrt(generator, ranges, left_float))
     for name in PLANS:
-        onnx.helper.set_model_props(graphs[name], {PARENT_KEY: sha256(stages[name.split(".")[0]])})
-        onnx.save(graphs[name], folder / f"{name}.onnx")
+        _save(graphs[name], folder / f"{name}.onnx", stages[name.split(".")[0]])
     return [
         judge_generator(rung, rung_path(folder, rung), FP32, stages, judge_speed=False)
         for rung in (FP16, INT8)
@@ -207,6 +203,12 @@ def check_parent(source: Path, fp32: Path) -> None:
             f"expected {source} to come from {fp32}, found that it comes from an older export; "
             "rebuild it with `python -m export plans`"
         )
+
+
+def _save(model: onnx.ModelProto, path: Path, parent: Path) -> None:
+    """Write a converted graph, and in it which FP32 file it comes from."""
+    onnx.helper.set_model_props(model, {PARENT_KEY: sha256(parent)})
+    onnx.save(model, path)
 
 
 def _int8_for_cpu(

@@ -23,13 +23,9 @@ from export.sample import sample_windows
 
 def installed(folder: Path) -> list[Path]:
     """The FP32 file of every stage."""
+    names = dict.fromkeys(WITH_RUNGS, "model.fp32.onnx")
     return [
-        folder
-        / "models"
-        / stage.name
-        / "1"
-        / ("model.fp32.onnx" if stage.name in WITH_RUNGS else "model.onnx")
-        for stage in spec.STAGES
+        folder / "models" / stage.name / "1" / names.get(stage.name, "model.onnx") for stage in spec.STAGES
     ]
 
 
