@@ -24,6 +24,8 @@ Launch = Callable[..., tuple[list[str], dict[str, str]]]
 def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
     """Runs the command with arguments and returns the command line and environment it would become."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in launcher.MALLOC:
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str) -> tuple[list[str], dict[str, str]]:
         became: list[tuple[list[str], dict[str, str]]] = []
@@ -64,6 +66,12 @@ def test_backends_are_complete_and_the_stub_is_this_pythons(launch: Launch) -> N
     assert any(
         (Path(folder) / launcher.LIBPYTHON).exists() for folder in environment["LD_LIBRARY_PATH"].split(":")
     )
+    assert environment.items() >= {name: str(size) for name, size in launcher.MALLOC.items()}.items()
+
+
+def test_how_memory_is_kept_can_be_set(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "4096")
+    assert launch("--help")[1]["MALLOC_TRIM_THRESHOLD_"] == "4096"
 
 
 def test_the_printed_command_can_be_pasted(
