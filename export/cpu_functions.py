@@ -98,30 +98,33 @@ _BILINEAR_IN_PLANES = """
     sampled = Add (upper, part)
 """
 
-# GatherND, where Gather would do: what quantises the graph leaves it alone, and so pixels are turned to float
-# once, not once for each corner.
+# GatherND and Sum, where Gather and Add would do: what quantises the graph leaves them alone, and so pixels
+# are turned to float once, not once for each corner.
 _BILINEAR_IN_PIXELS = """
     one = Constant <value = float {1}> ()
-    row_axis = Constant <value_ints = [3]> ()
-    pixel_axis = Constant <value_ints = [4]> ()
-    here_at = Unsqueeze (index, channel_axis)
-    right_at = Unsqueeze (right_inside, channel_axis)
-    below_at = Unsqueeze (below_inside, channel_axis)
-    across_at = Unsqueeze (across_inside, channel_axis)
-    corners_int = Concat <axis = 3> (here_at, right_at, below_at, across_at)
-    corners_long = Cast <to = 7> (corners_int)
-    corners_at = Unsqueeze (corners_long, pixel_axis)
-    corners = GatherND (values, corners_at)
+    here_int = Unsqueeze (index, channel_axis)
+    right_int = Unsqueeze (right_inside, channel_axis)
+    below_int = Unsqueeze (below_inside, channel_axis)
+    across_int = Unsqueeze (across_inside, channel_axis)
+    here_at = Cast <to = 7> (here_int)
+    right_at = Cast <to = 7> (right_int)
+    below_at = Cast <to = 7> (below_int)
+    across_at = Cast <to = 7> (across_int)
+    here = GatherND (values, here_at)
+    right = GatherND (values, right_at)
+    below = GatherND (values, below_at)
+    across = GatherND (values, across_at)
     x_rest = Sub (one, x_share)
     y_rest = Sub (one, y_share)
     here_share = Mul (x_rest, y_rest)
     right_share = Mul (x_share, y_rest)
     below_share = Mul (x_rest, y_share)
     across_share = Mul (x_share, y_share)
-    shares = Concat <axis = 3> (here_share, right_share, below_share, across_share)
-    share_rows = Unsqueeze (shares, row_axis)
-    mixed_rows = MatMul (share_rows, corners)
-    mixed = Squeeze (mixed_rows, row_axis)
+    here_part = Mul (here, here_share)
+    right_part = Mul (right, right_share)
+    below_part = Mul (below, below_share)
+    across_part = Mul (across, across_share)
+    mixed = Sum (here_part, right_part, below_part, across_part)
     sampled = Transpose <perm = [0, 3, 1, 2]> (mixed)
 """
 

@@ -153,13 +153,14 @@ def _move_bytes(graph: onnx.GraphProto) -> None:
     """DequantizeLinear, then only moved: move the bytes, a quarter as many, and read them afterwards."""
     for read in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
         moves = [node for node in graph.node if read.output[0] in node.input]
-        if any(node.op_type not in ("Reshape", "Gather") for node in moves):
+        if any(node.op_type not in ("Reshape", "Gather", "Split") for node in moves):
             continue
         for move in moves:
-            (moved,) = move.output
-            move.input[0], move.output[0] = read.input[0], f"{moved}_bytes"
-            node = helper.make_node("DequantizeLinear", [move.output[0], *read.input[1:]], [moved])
-            graph.node.insert(list(graph.node).index(move) + 1, node)
+            move.input[0] = read.input[0]
+            for index, moved in enumerate(move.output):
+                move.output[index] = f"{moved}_bytes"
+                node = helper.make_node("DequantizeLinear", [move.output[index], *read.input[1:]], [moved])
+                graph.node.insert(list(graph.node).index(move) + 1, node)
         graph.node.remove(read)
 
 
