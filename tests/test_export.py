@@ -11,12 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_network import TINY, run_build
+from tiny_network import LIGHT, TINY, run_build, shake
 
 from export import onnx_export, parity, spec
 from export.__main__ import main
 from export.checkpoint import DEFAULT, load_checkpoint, save_checkpoint
-from export.network import PRUNED, MstGan
+from export.network import PRUNED, WIDTHS, MstGan
 from export.repository import WITH_RUNGS, stage_path
 from export.sample import sample_windows
 
@@ -38,6 +38,20 @@ def test_build_fills_the_repository(built: Path) -> None:
         ("cpu", "flow_align", "flow"), ("cpu", "flow_align", "aligned"), ("cpu", "mst_gan", "hr_frame"),
     }  # fmt: skip
     assert all(row["passed"] for row in rows)
+
+
+@pytest.mark.usefixtures("checkpoint")  # parity at small sizes
+def test_a_light_network_fills_the_same_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WIDTHS, LIGHT.name, LIGHT)
+    torch.manual_seed(0)
+    save_checkpoint(shake(MstGan(LIGHT)), tmp_path / "light.safetensors", {})
+    result = run_build(tmp_path / "light.safetensors", tmp_path, "--target", "cpu")
+    assert result.exit_code == 0, result.output
+    assert all(row["passed"] for row in json.loads((tmp_path / "build" / "parity.json").read_text())["onnx"])
+    for rung in ("fp32", "int8"):  # it knows nothing of the flow, which the ensemble hands it all the same
+        graph = onnx.load(tmp_path / f"models/generator/1/model.{rung}.onnx").graph
+        assert [value.name for value in graph.input] == [tensor.name for tensor in spec.GENERATOR.inputs]
+        assert not any("flow" in node.input for node in graph.node)
 
 
 def test_failed_parity_keeps_the_old_files(

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_network import TINY, random_window, shake
+from tiny_network import LIGHT, TINY, random_window, shake
 
 from export import spec
-from export.network import BASELINE, PRUNED, STUDENT, MstGan, Widths, count
+from export.network import BASELINE, COMPACT, PRUNED, STUDENT, MstGan, PyramidWidths, Widths, count
 from export.network.bicubic import BicubicSubpixels
 from export.network.flow_align import FlowAlign
 from export.network.frames import frames_from_window, grey_levels
@@ -23,8 +23,9 @@ def test_budgets(widths: Widths, parameters: float, flops: float) -> None:
     assert found_flops == pytest.approx(flops, rel=0.03)
 
 
-def test_student_does_a_quarter_of_the_pruned_work() -> None:
-    assert count(STUDENT)[1] / count(PRUNED)[1] == pytest.approx(0.25, abs=0.02)
+@pytest.mark.parametrize(("widths", "share"), [(COMPACT, 0.5), (STUDENT, 0.21)])
+def test_light_networks_do_a_share_of_the_pruned_work(widths: Widths, share: float) -> None:
+    assert count(widths)[1] / count(PRUNED)[1] == pytest.approx(share, abs=0.02)
 
 
 def test_pruned_layers_are_slices_of_the_baselines() -> None:
@@ -37,21 +38,22 @@ def test_pruned_layers_are_slices_of_the_baselines() -> None:
 
 
 def test_widths_suit_tensor_cores() -> None:
-    for widths in (BASELINE, PRUNED, STUDENT):
-        numbers = [
-            widths.flow,
-            *widths.encoder_inner,
-            *widths.encoder_outer,
-            *widths.laterals,
-        ]
-        numbers += [widths.context_inner, widths.detail_inner, widths.up, widths.detail]
+    for widths in (BASELINE, PRUNED, COMPACT, STUDENT):
+        numbers = [widths.flow, widths.detail, widths.detail_inner]
+        if isinstance(widths, PyramidWidths):
+            numbers += [*widths.encoder_inner, *widths.encoder_outer, *widths.laterals]
+            numbers += [widths.stem, widths.context_inner, widths.up]
         assert all(number % 16 == 0 for number in numbers)
 
 
+both = pytest.mark.parametrize("widths", [TINY, LIGHT], ids=lambda widths: widths.name)
+
+
+@both
 @pytest.mark.parametrize("size", [(16, 16), (20, 36), (36, 20), (4, 4), (64, 100), (180, 4)])
-def test_any_multiple_of_four(size: tuple[int, int]) -> None:
+def test_any_multiple_of_four(size: tuple[int, int], widths: Widths) -> None:
     assert spec.MULTIPLE_OF == 4
-    network = shake(MstGan(TINY))
+    network = shake(MstGan(widths))
     lr_window = random_window(2, *size)
     with torch.inference_mode():
         flow, aligned = network.flow_align(lr_window)
@@ -64,8 +66,9 @@ def test_any_multiple_of_four(size: tuple[int, int]) -> None:
     assert hr_frame.dtype == torch.uint8
 
 
-def test_batch_members_do_not_meet() -> None:
-    network = shake(MstGan(TINY))
+@both
+def test_batch_members_do_not_meet(widths: Widths) -> None:
+    network = shake(MstGan(widths))
     windows = random_window(3, 20, 24)
     with torch.inference_mode():
         together = network(windows).int()
@@ -73,8 +76,9 @@ def test_batch_members_do_not_meet() -> None:
     assert (together - apart).abs().max() <= 1  # a last-bit difference may cross a rounding edge
 
 
-def test_all_three_frames_matter() -> None:
-    network = shake(MstGan(TINY))
+@both
+def test_all_three_frames_matter(widths: Widths) -> None:
+    network = shake(MstGan(widths))
     lr_window = random_window(1, 32, 32)
     with torch.inference_mode():
         before = network(lr_window)
@@ -131,10 +135,11 @@ def test_bicubic_skip_equals_pillow() -> None:
     np.testing.assert_allclose(ours[inner], np.asarray(image)[inner], atol=2e-6)
 
 
-def test_untrained_network_is_bicubic() -> None:
+@both
+def test_untrained_network_is_bicubic(widths: Widths) -> None:
     lr_window = random_window(2, 16, 20)
     with torch.inference_mode():
-        answer = MstGan(TINY)(lr_window)
+        answer = MstGan(widths)(lr_window)
         centre = lr_window[:, 1].permute(0, 3, 1, 2).float() / 255
         expected = PixelShuffle()(grey_levels(BicubicSubpixels(3, spec.SCALE)(centre)))
     assert torch.equal(answer, expected)

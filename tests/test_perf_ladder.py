@@ -195,6 +195,7 @@ def _weights(name: str) -> Weights:
 
 FIGURES: dict[str, Any] = {
     "baseline-fp32": 3.0, "pruned-fp32": 4.0, "pruned-int8": 10.0, "pruned-int8-batched": 20.0,
+    "compact-int8": 30.0,
 }  # fmt: skip
 
 

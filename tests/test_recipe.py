@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from PIL import Image
-from tiny_network import TINY
+from tiny_network import LIGHT, TINY
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint
@@ -28,8 +28,9 @@ STEPS = 2
 @pytest.fixture(autouse=True)
 def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VSR_DEBUG", raising=False)
-    for widths in (WIDE, replace(TINY, name="pruned"), replace(TINY, name="student", detail_blocks=2)):
-        monkeypatch.setitem(WIDTHS, widths.name, widths)
+    for name, widths in (("pruned", TINY), ("compact", LIGHT), ("student", replace(LIGHT, detail_blocks=2))):
+        monkeypatch.setitem(WIDTHS, name, replace(widths, name=name))
+    monkeypatch.setitem(WIDTHS, WIDE.name, WIDE)
 
 
 @pytest.fixture

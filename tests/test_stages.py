@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from tiny_network import TINY, shake
+from tiny_network import LIGHT, TINY, shake
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
@@ -24,6 +24,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WIDTHS, TINY.name, TINY)
+    monkeypatch.setitem(WIDTHS, LIGHT.name, LIGHT)
     monkeypatch.delenv("VSR_DEBUG", raising=False)
 
 
@@ -53,10 +54,10 @@ def flow_of(trainer: Trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for p in trainer.network.flow_align.parameters()]
 
 
-def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
-    trainer = Trainer(
-        options(steps=1000, lr=2e-3, teacher_weight=10.0), [clip], [], [clip], tmp_path / "run", None, teacher
-    )
+@pytest.mark.parametrize("widths", [TINY.name, LIGHT.name])
+def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path, widths: str) -> None:
+    o = options(steps=1000, widths=widths, lr=2e-3, teacher_weight=10.0)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     batch = trainer.sampler.batch(0, 2)
     distances = [trainer.train_step(batch)["teacher"] for _ in range(40)]

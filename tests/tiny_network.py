@@ -1,4 +1,4 @@
-"""A network of the real shape and next to no width, for tests that run or export it."""
+"""Networks of the real shapes and next to no width, for tests that run or export them."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from click.testing import CliRunner, Result
 
 from export import spec
 from export.__main__ import main
-from export.network import MstGan, Widths
+from export.network import MstGan, PyramidWidths, Widths
 
-TINY = Widths(
+TINY = PyramidWidths(
     name="tiny",
     flow=8,
     encoder_inner=(8, 8, 8, 8),
@@ -23,6 +23,8 @@ TINY = Widths(
     context_blocks=1,
     detail_blocks=1,
 )
+
+LIGHT = Widths(name="light", flow=0, detail=16, detail_inner=8, detail_blocks=1)
 
 
 def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

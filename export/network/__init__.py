@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from export.network.flow_align import FlowAlign
 from export.network.generator import Generator
 from export.network.pixel_shuffle import PixelShuffle
-from export.network.widths import BASELINE, PRUNED, STUDENT, WIDTHS, Widths
+from export.network.pyramid import PyramidGenerator
+from export.network.widths import BASELINE, COMPACT, PRUNED, STUDENT, WIDTHS, PyramidWidths, Widths
 
 __all__ = [
     "BASELINE",
+    "COMPACT",
     "PRUNED",
     "STUDENT",
     "WIDTHS",
@@ -21,6 +23,7 @@ __all__ = [
     "Generator",
     "MstGan",
     "PixelShuffle",
+    "PyramidWidths",
     "Widths",
 ]
 
@@ -32,7 +35,7 @@ class MstGan(nn.Module):
         super().__init__()
         self.widths = widths
         self.flow_align = FlowAlign(widths)
-        self.generator = Generator(widths)
+        self.generator = PyramidGenerator(widths) if isinstance(widths, PyramidWidths) else Generator(widths)
         self.pixel_shuffle = PixelShuffle()
 
     def forward(self, lr_window: Tensor) -> Tensor:

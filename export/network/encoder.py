@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.network.layers import zeroed
-from export.network.widths import Widths
+from export.network.widths import PyramidWidths
 
 
 class Bottleneck(nn.Module):
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
     half runs on the centre frame only: semantic context needs no alignment.
     """
 
-    def __init__(self, widths: Widths) -> None:
+    def __init__(self, widths: PyramidWidths) -> None:
         super().__init__()
         outer, inner, depths = widths.encoder_outer, widths.encoder_inner, widths.encoder_depths
         self.stem = nn.Conv2d(3, widths.stem, 7, stride=2, padding=3)

@@ -66,8 +66,9 @@ def innovation(still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
     """
     sample, offset = nearest_sample(moving, flow)
     surprise = (255 * NEWS_GAIN * (sample - backward_warp(still, offset))).clamp(1 - NEUTRAL, NEUTRAL - 1)
-    centres = (torch.arange(SCALE, dtype=flow.dtype, device=flow.device) + 0.5) / SCALE - 0.5
-    across, down = F.relu(1 - SCALE * (offset[:, :, None] - centres.view(1, 1, SCALE, 1, 1)).abs()).unbind(1)
+    # In sub-pixels, as their bilinear shares count distances.
+    centres = (torch.arange(SCALE, dtype=flow.dtype, device=flow.device) + (1 - SCALE) / 2).view(SCALE, 1, 1)
+    across, down = (F.relu(1 - (SCALE * side - centres).abs()) for side in offset.split(1, dim=1))
     return (surprise * down)[:, :, None].mul(across[:, None]).flatten(1, 2)
 
 
@@ -82,7 +83,7 @@ class FlowAlign(nn.Module):
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         self.calculus = LucasKanade()
-        self.refine = Refinement(widths.flow)
+        self.refine = Refinement(widths.flow) if widths.flow else None
 
     def estimate(self, frames: Tensor, grey: Tensor) -> Estimate:
         """Flows from the centre to its neighbours: of the 2N pairs, at (H/2, W/2).
@@ -108,7 +109,9 @@ class FlowAlign(nn.Module):
         flow = flow[:, :, : height // 2, : width // 2]
         half = F.avg_pool2d(frames.flatten(1, 2), 2).unflatten(1, frames.shape[1:3])
         centre, neighbour = _pairs(half)
-        return Estimate(centre, neighbour, self.refine(centre, neighbour, flow))
+        if self.refine:
+            flow = self.refine(centre, neighbour, flow)
+        return Estimate(centre, neighbour, flow)
 
     def forward(self, lr_window: Tensor) -> tuple[Tensor, Tensor]:
         """Align a window.

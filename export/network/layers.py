@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
@@ -16,3 +17,16 @@ def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x))); starts as the identity."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(channels, inner)
+        self.conv2 = zeroed(conv3x3(inner, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, h, w) -> same."""
+        return x + self.conv2(F.relu(self.conv1(x)))

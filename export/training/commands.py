@@ -291,7 +291,7 @@ def train_all(
     cache: Path, minutes: float, steps: int, photo_share: float, batch: int, patch: int, seed: int,
     compiled: bool, hold: bool,
 ) -> None:  # fmt: skip
-    """Train every checkpoint within a budget of time: baseline, pruned, perceptual, student.
+    """Train every checkpoint within a budget of time: baseline, pruned, perceptual, compact, student.
 
     Ctrl-C saves, the same command goes on. export/training/recipe.py has the stages and their shares.
     """

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.network import MstGan, Widths
+from export.network import MstGan, PyramidWidths, Widths
 from export.network.generator import Features
 from export.training.losses import charbonnier
 
@@ -14,14 +14,15 @@ from export.training.losses import charbonnier
 class Imitation(nn.Module):
     """A teacher, and the 1x1 convolutions through which a network of other widths is compared with it.
 
-    Features are compared where the papers' pyramid ends and where its detail enhancement does (as "hints" in
-    FitNets, Romero et al. 2015). Where both networks have as many channels there is nothing to convert.
+    Features are compared where the detail enhancement ends and, between two networks that have one, where
+    the papers' pyramid does (as "hints" in FitNets, Romero et al. 2015). Where both networks have as many
+    channels there is nothing to convert.
     """
 
     def __init__(self, teacher: MstGan, student: Widths) -> None:
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
-        channels = zip(_channels(student), _channels(teacher.widths), strict=True)
+        channels = zip(_channels(student), _channels(teacher.widths), strict=False)  # what both have
         self.adapters = nn.ModuleList(
             nn.Identity() if mine == theirs else nn.Conv2d(mine, theirs, 1) for mine, theirs in channels
         )
@@ -43,13 +44,18 @@ class Imitation(nn.Module):
         The former as Charbonnier's distance, the latter as a share of the mean feature, averaged over places.
         """
         their_answer, their_features = taught
+        known = [
+            (mine.float(), theirs.float())
+            for mine, theirs in zip(features, their_features, strict=True)
+            if mine is not None and theirs is not None
+        ]
         shares = [
-            F.l1_loss(adapter(mine.float()), theirs.float()) / theirs.float().abs().mean().clamp_min(1e-6)
-            for adapter, mine, theirs in zip(self.adapters, features, their_features, strict=True)
+            F.l1_loss(adapter(mine), theirs) / theirs.abs().mean().clamp_min(1e-6)
+            for adapter, (mine, theirs) in zip(self.adapters, known, strict=True)
         ]
         return charbonnier(answer, their_answer), torch.stack(shares).mean()
 
 
-def _channels(widths: Widths) -> tuple[int, int]:
+def _channels(widths: Widths) -> tuple[int, ...]:
     """Of ``Features``, in their order."""
-    return widths.laterals[0], widths.detail
+    return (widths.detail, widths.laterals[0]) if isinstance(widths, PyramidWidths) else (widths.detail,)

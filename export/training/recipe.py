@@ -67,6 +67,7 @@ STAGES = (
         "perceptual", "pruned", 0.15, objective="adversarial", start="pruned", lr=1e-4, warmup=100,
         temporal_weight=0.5, validate_every=500, delivers="mst_gan_pruned_gan",
     ),
+    Stage("compact", "compact", 0.08, teacher="pruned", delivers="mst_gan_compact"),
     Stage("student", "student", 0.12, teacher="pruned", temporal_weight=0.2, delivers="mst_gan_student"),
 )  # fmt: skip
 """What follows what, and for how long. The shares are judged from published runs, not tuned here: fidelity

@@ -55,6 +55,7 @@ RUNGS = (
     Rung("pruned-fp16", "pruned, FP16", "pruned", "cuda", needs_gpu=True),
     Rung("pruned-int8", "pruned, INT8", "pruned", "cpu"),
     Rung("pruned-int8-batched", "pruned, INT8, two instances, batch 4", "pruned", "cpu", 2, 4),
+    Rung("compact-int8", "compact, INT8, two instances, batch 4", "compact", "cpu", 2, 4),
     Rung("student-int8", "student, INT8, two instances, batch 4", "student", "cpu", 2, 4),
 )
 GPU_RUNGS = (

@@ -21,7 +21,7 @@ from perf.peers.rows import ROWS, count
 from perf.peers.timing import EAGER, ON_GPU, ONNX, measure
 from perf.process import in_process
 
-OURS = ("MST-GAN", "MST-GAN, pruned", "MST-GAN, student")
+OURS = ("MST-GAN", "MST-GAN, pruned", "MST-GAN, compact", "MST-GAN, student")
 PAPERS_SIZE: Size = (720, 1280)  # of the papers' FLOPs
 
 log = logging.getLogger(__name__)

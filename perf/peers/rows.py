@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 # The one use of the network outside of export/ and its tests: PyTorch is compared with PyTorch.
-from export.network import BASELINE, PRUNED, STUDENT, MstGan
+from export.network import BASELINE, COMPACT, PRUNED, STUDENT, MstGan
 from perf.clip import Frames, Size
 from perf.peers.basicvsr import BasicVsr
 from perf.peers.edvr import WINDOW as EDVR_WINDOW
@@ -45,6 +45,7 @@ class Row:
 ROWS = {
     "MST-GAN": Row(lambda: MstGan(BASELINE), WINDOW, takes_bytes=True),
     "MST-GAN, pruned": Row(lambda: MstGan(PRUNED), WINDOW, takes_bytes=True),
+    "MST-GAN, compact": Row(lambda: MstGan(COMPACT), WINDOW, takes_bytes=True),
     "MST-GAN, student": Row(lambda: MstGan(STUDENT), WINDOW, takes_bytes=True),
     "BasicVSR": Row(BasicVsr, CLIP, CLIP),
     "RSDN": Row(Rsdn, CLIP, CLIP),
