@@ -2,7 +2,7 @@
 
 320x180, one thread of an AVX-512 machine, 2026-11-26: flow_align falls from 22.8 ms to 14.4, warps being most
 of it. Warps and shuffles were a quarter of the INT8 generator before they were rewritten; colours, blocks and
-the rest make another 3 of 107 ms (pruned) or of 36 (student), and a quarter less memory for activations.
+the rest make another 4 of 107 ms (pruned), and a quarter less memory for activations.
 """
 
 from __future__ import annotations
