@@ -55,8 +55,8 @@ OPERATORS = (
     "Slice", "Split", "Reshape", "Flatten", "Gather", "Transpose",
 )  # fmt: skip
 
-# Operator -> the input that says where to sample: needs more than 256 levels.
-POSITIONS = {"GridSample": 1, "Gather": 1, "GatherND": 1}
+# Operators whose second input says where to sample: it needs more than 256 levels.
+SAMPLERS = ("GridSample", "Gather", "GatherND")
 
 # What stands between an image's bytes and the network: moving and scaling; and that around zero.
 MOVES = ("Transpose", "Cast", "Div", "Reshape", "Gather", "Slice", "Concat")
@@ -269,7 +269,7 @@ def float_nodes(graph: onnx.GraphProto) -> set[str]:
 
 def position_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Nodes that compute where to sample, not looking past shapes."""
-    wanted = {node.input[POSITIONS[node.op_type]] for node in graph.node if node.op_type in POSITIONS}
+    wanted = {node.input[1] for node in graph.node if node.op_type in SAMPLERS}
     for node in reversed(graph.node):  # in topological order, as ONNX demands
         if wanted.intersection(node.output) and node.op_type != "Shape":
             wanted.update(node.input)
