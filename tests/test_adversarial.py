@@ -111,6 +111,21 @@ def test_discriminator_learns_to_tell_and_the_generator_is_told() -> None:
     assert better < total
 
 
+def test_spectral_norms_are_estimated_in_fp32() -> None:
+    frames, bicubic = torch.rand(1, 3, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    plain = Discriminator()
+    mixed = Discriminator()
+    mixed.load_state_dict(plain.state_dict())
+    expected = plain(frames, bicubic)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixed(frames, bicubic)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)  # the convolutions were not in FP32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.01)
+    states = plain.state_dict(), mixed.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_noise_fades_out(monkeypatch: pytest.MonkeyPatch) -> None:
     adversary = Adversary(options(), None, CPU)
     seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The ladder: honest stand-ins for missing weights, steady figures, and rows that fail alone."""
+"""The ladder: missing weights, steady figures, and rows that fail alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from google.protobuf import text_format
-from tiny_network import TINY, random_window, shake
 from tritonclient.grpc import model_config_pb2 as pb
 
 from deploy.embedded.server import TritonServer
-from export.checkpoint import load_checkpoint, save_checkpoint
-from export.network import WIDTHS, MstGan
-from export.network.frames import frames_from_window
 from perf import clip, report, results
 from perf.errors import PerfError
 from perf.ladder import __main__ as ladder
@@ -29,64 +25,20 @@ from perf.ladder.load import run_load
 from perf.ladder.memory import Peak
 from perf.ladder.pace import enough, steady_fps
 from perf.ladder.rungs import CannotRunError, Rung
-from perf.ladder.weights import Weights
 from perf.variant import Serving, write_variant
 
 EXACT_KEYS = (
     "name", "params", "flops", "ms_per_frame", "fps", "ratio", "peak_memory_mb", "psnr_db", "psnr_loss_db",
     "tof",
 )  # fmt: skip
-NARROW = replace(TINY, name="pruned")
-WIDE = replace(
-    TINY, name="baseline", flow=16, encoder_inner=(16, 16, 24, 24),
-    context_inner=16, detail_inner=24, up=16,
-)  # fmt: skip
-
-
-@pytest.fixture
-def narrow() -> MstGan:
-    return shake(MstGan(NARROW))
-
-
-def test_widened_network_is_the_same_function_with_more_work(narrow: MstGan) -> None:
-    wide = weights.widen(narrow, WIDE)
-
-    window = random_window(1, 36, 52)
-    with torch.inference_mode():
-        expected, found = (
-            network.generator.generate(frames_from_window(window), *network.flow_align(window))
-            for network in (narrow, wide)
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    added = wide.generator.detail[0].conv1.weight[NARROW.detail_inner :]
-    assert added.abs().min() > 0  # nothing to skip
-
-
-def test_the_baseline_is_widened_only_while_it_has_no_weights(
-    narrow: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for widths in (NARROW, WIDE):
-        monkeypatch.setitem(WIDTHS, widths.name, widths)
-        monkeypatch.setattr(weights, widths.name.upper(), widths)
-    save_checkpoint(narrow, tmp_path / "mst_gan_pruned.safetensors", {})
-    work = tmp_path / "work"
-    work.mkdir()
-
-    widened = weights.find_weights("baseline", work, tmp_path)
-    assert load_checkpoint(widened.path).widths == WIDE
-    assert "widened" in widened.note
-
-    save_checkpoint(MstGan(WIDE), tmp_path / "mst_gan_baseline.safetensors", {})
-    assert weights.find_weights("baseline", work, tmp_path) == Weights(
-        tmp_path / "mst_gan_baseline.safetensors"
-    )
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mst_gan_student.safetensors"
     with pytest.raises(CannotRunError, match=r"mst_gan_student\.safetensors"):
-        weights.find_weights("student", tmp_path, tmp_path)
-    with pytest.raises(CannotRunError, match=r"mst_gan_baseline\.safetensors"):  # nothing to widen either
-        weights.find_weights("baseline", tmp_path, tmp_path)
+        weights.find_weights("student", tmp_path)
+    path.touch()
+    assert weights.find_weights("student", tmp_path) == path
 
 
 def test_only_the_steady_state_counts() -> None:
@@ -152,7 +104,7 @@ def test_an_export_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
     one = Bench(np.zeros((1, 16, 16, 3), np.uint8), tmp_path, rounds=1, least_s=0)
 
     with pytest.raises(PerfError, match=r"export ended with status 1: expected a checkpoint at .*none\.safe"):
-        one.export("pruned", "fp32", Weights(tmp_path / "none.safetensors"))
+        one.export("pruned", "fp32", tmp_path / "none.safetensors")
     assert not one.exported
 
 
@@ -166,11 +118,11 @@ def climb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Climb:
     truth = np.random.default_rng(5).integers(0, 256, (6, 64, 64, 3), np.uint8)
     monkeypatch.setattr(ladder, "WORK", tmp_path / "work")
     monkeypatch.setattr(ladder, "read_clip", lambda count, size: (truth[:, ::4, ::4], truth))
-    monkeypatch.setattr(ladder, "find_weights", lambda name, work: _weights(name))
+    monkeypatch.setattr(ladder, "find_weights", _weights)
     monkeypatch.delenv("VSR_DEBUG", raising=False)
 
     def run(fps: dict[str, Any], *arguments: str) -> tuple[Result, dict[str, Any]]:
-        def measure(self: Bench, rung: Rung, weights: Weights) -> Found:
+        def measure(self: Bench, rung: Rung, weights: Path) -> Found:
             value = fps[rung.key]
             if isinstance(value, Exception):
                 raise value
@@ -187,10 +139,10 @@ def climb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Climb:
     return run
 
 
-def _weights(name: str) -> Weights:
+def _weights(name: str) -> Path:
     if name == "student":
         raise CannotRunError("no weights")
-    return Weights(Path("w.safetensors"), "widened" if name == "baseline" else "")
+    return Path("w.safetensors")
 
 
 FIGURES: dict[str, Any] = {
@@ -225,7 +177,6 @@ def test_every_row_has_every_key_and_says_why_it_has_no_figures(climb: Climb) ->
     rows = {row["key"]: row for row in found["rows"]}
     assert rows["student-int8"]["why"]
     assert rows["baseline-eager"]["params"] > rows["pruned-int8"]["params"] > 1e6
-    assert rows["baseline-eager"]["note"] == "widened"
 
 
 def test_fp16_says_what_the_machine_lacks(climb: Climb, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,12 @@ STEPS = 2
 @pytest.fixture(autouse=True)
 def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VSR_DEBUG", raising=False)
-    for name, widths in (("pruned", TINY), ("compact", LIGHT), ("student", replace(LIGHT, detail_blocks=2))):
+    for name, widths in (
+        ("baseline_trunk", replace(LIGHT, detail_inner=16)),
+        ("pruned", TINY),
+        ("compact", LIGHT),
+        ("student", replace(LIGHT, detail_blocks=2)),
+    ):
         monkeypatch.setitem(WIDTHS, name, replace(widths, name=name))
     monkeypatch.setitem(WIDTHS, WIDE.name, WIDE)
 

@@ -24,7 +24,7 @@ TINY = PyramidWidths(
     detail_blocks=1,
 )
 
-LIGHT = Widths(name="light", flow=0, detail=16, detail_inner=8, detail_blocks=1)
+LIGHT = Widths(name="light", detail=16, detail_inner=8, detail_blocks=1)
 
 
 def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -13,21 +13,21 @@ class Widths:
     """
 
     name: str
-    flow: int
-    """Hidden channels of the flow's refinement at half resolution; 0: none, the flow is calculus alone."""
+    flow: int = 0
+    """Hidden channels of a learned correction of the flow, at half resolution; 0: calculus alone."""
     detail: int = 48
     """Trunk channels at full resolution."""
     detail_inner: int
     """Inner channels of the residual blocks at full resolution."""
-    detail_blocks: int = 4
+    detail_blocks: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidWidths(Widths):
     """Channel counts of one MST-GAN generator, as the papers have it.
 
-    Pruning narrows the channels *inside* residual blocks and the flow's refinement; what passes between
-    blocks keeps its width, so a pruned layer is a slice of the baseline's and no skip connection is cut.
+    Pruning narrows the channels *inside* residual blocks; what passes between blocks keeps its width, so a
+    pruned layer is a slice of the baseline's and no skip connection is cut.
     """
 
     encoder_inner: tuple[int, int, int, int]
@@ -36,19 +36,18 @@ class PyramidWidths(Widths):
     encoder_depths: tuple[int, int, int, int] = (3, 4, 6, 3)
     stem: int = 64
     """Channels of the encoder's first convolution."""
-    laterals: tuple[int, int, int, int] = (96, 128, 192, 192)
+    laterals: tuple[int, int, int, int] = (64, 96, 192, 192)
     """Pyramid channels at 1/4, 1/8, 1/16 and 1/32."""
     context_inner: int
     """Inner channels of the residual blocks at a quarter of the resolution."""
-    context_blocks: int = 6
+    context_blocks: int = 2
     up: int
     """Channels at half resolution, between the two x2 shuffles."""
 
 
 BASELINE = PyramidWidths(
     name="baseline",
-    flow=32,
-    encoder_inner=(64, 128, 256, 512),
+    encoder_inner=(64, 128, 256, 576),
     context_inner=128,
     detail_inner=48,
     up=48,
@@ -56,17 +55,31 @@ BASELINE = PyramidWidths(
 
 PRUNED = PyramidWidths(
     name="pruned",
-    flow=16,
-    encoder_inner=(32, 64, 160, 352),
+    encoder_inner=(32, 32, 144, 400),
     context_inner=32,
     detail_inner=32,
-    up=32,
+    up=16,
 )
 
-COMPACT = Widths(name="compact", flow=0, detail=48, detail_inner=32, detail_blocks=4)
-"""Half the pruned network's work: detail enhancement without the pyramid, which so far tells it little."""
+COMPACT = Widths(name="compact", detail_inner=32, detail_blocks=4)
+"""Half the pruned network's work: four blocks of its detail enhancement, without the pyramid."""
 
-STUDENT = Widths(name="student", flow=0, detail=32, detail_inner=32, detail_blocks=2)
+STUDENT = Widths(name="student", detail=32, detail_inner=32, detail_blocks=2)
 """A fifth of the pruned network's work: a network of its own, shallow, that learns from the pruned one."""
 
-WIDTHS = {widths.name: widths for widths in (BASELINE, PRUNED, COMPACT, STUDENT)}
+
+def trunk(widths: PyramidWidths) -> Widths:
+    """What is trained first, in half the time: the detail enhancement alone, as a light network."""
+    return Widths(
+        name=f"{widths.name}_trunk",
+        detail=widths.detail,
+        detail_inner=widths.detail_inner,
+        detail_blocks=widths.detail_blocks,
+    )
+
+
+BASELINE_TRUNK, PRUNED_TRUNK = trunk(BASELINE), trunk(PRUNED)
+
+WIDTHS = {
+    widths.name: widths for widths in (BASELINE, PRUNED, COMPACT, STUDENT, BASELINE_TRUNK, PRUNED_TRUNK)
+}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from export.network.bicubic import BicubicSubpixels
 from export.spec import CHANNELS, SCALE
+from export.training.device import placed
 from export.training.discriminator import FRAMES, Discriminator
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
@@ -29,8 +30,8 @@ class Adversary:
     def __init__(self, options: TrainOptions, perceptual: DistilledVgg | None, device: torch.device) -> None:
         """A fresh discriminator on ``device``; without ``perceptual`` its loss is left out."""
         self.options, self.device = options, device
-        self.discriminator = Discriminator().to(device)
-        self.perceptual = perceptual.to(device) if perceptual else None
+        self.discriminator = placed(Discriminator(), device)
+        self.perceptual = placed(perceptual, device) if perceptual else None
         self.bicubic = BicubicSubpixels(CHANNELS, SCALE).to(device)
         # No first moment: what told yesterday's answers from footage does not tell today's.
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), betas=(0.0, 0.99), fused=True)
@@ -56,12 +57,14 @@ class Adversary:
         sigma = NOISE * max(0.0, 1 - progress)
         bicubic = F.pixel_shuffle(self.bicubic(lr), SCALE)
         self.discriminator.requires_grad_(False)
-        deceit = -self.discriminator(_noisy(answers, sigma, noise), bicubic).mean()
+        with self._precision():
+            deceit = -self.discriminator(_noisy(answers, sigma, noise), bicubic).mean()
         self._seen = (answers.detach(), truth, bicubic, noise, sigma)
         total = self.options.adversarial_weight * deceit
         parts = {"adversarial": deceit.detach()}
         if self.perceptual:
-            distance = self.perceptual(answers.flatten(0, 1), truth.flatten(0, 1))
+            with self._precision():
+                distance = self.perceptual(answers.flatten(0, 1), truth.flatten(0, 1))
             total = total + self.options.perceptual_weight * distance
             parts["perceptual"] = distance.detach()
         return total, parts
@@ -73,14 +76,18 @@ class Adversary:
         self._seen = None
         self.discriminator.requires_grad_(True)
         self.optimizer.zero_grad(set_to_none=True)
-        real = self.discriminator(_noisy(truth, sigma, noise), bicubic)
-        fake = self.discriminator(_noisy(answers, sigma, noise), bicubic)
+        with self._precision():
+            real = self.discriminator(_noisy(truth, sigma, noise), bicubic)
+            fake = self.discriminator(_noisy(answers, sigma, noise), bicubic)
         loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         return loss.detach()
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OBJECTIVES = ("fidelity", "flow", "adversarial")
+OBJECTIVES = ("fidelity", "adversarial")
 
 # They import what they need when they run, so that --help needs no torch.
 
@@ -60,7 +60,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--warmup", default=500, help="Steps over which the learning rate rises."),
         click.option(
             "--bf16/--fp32", default=None,
-            help="Arithmetic of the generator's convolutions; by default bf16 on a GPU.", show_default=False,
+            help="Arithmetic of convolutions; by default bf16 on a GPU.", show_default=False,
         ),
         click.option(
             "--validate-every", default=1000, help="Steps between validations; each also saves."
@@ -99,10 +99,12 @@ def _load_footage(
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Run folder; an existing one is resumed."
 )
-@click.option("--init", type=click.Path(path_type=Path), help="Checkpoint to start from.")
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="Checkpoint to start from, of these widths or smaller."
+)
 @click.option(
     "--objective", type=click.Choice(OBJECTIVES), default="fidelity",
-    help="flow: the flow alone; adversarial: against a discriminator, after fidelity.",
+    help="adversarial: against a discriminator, after fidelity.",
 )  # fmt: skip
 @click.option(
     "--teacher",
@@ -126,8 +128,6 @@ def _load_footage(
     "--weights", type=click.Path(path_type=Path),
     help="Folder with the weights of LPIPS (squeeze v0.1), by which an adversarial run is judged.",
 )  # fmt: skip
-@click.option("--flow-lr", default=1.0, help="Learning rate of the flow over that of the generator.")
-@click.option("--freeze-flow", default=0, help="Steps before the flow is trained.")
 @click.option("--widths", default="pruned", help="Width table.")
 @click.option("--steps", default=20_000)
 @click.option(
@@ -140,7 +140,7 @@ def train(
     objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
     temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
-    weights: Path | None, flow_lr: float, freeze_flow: int, photo_share: float, widths: str, steps: int,
+    weights: Path | None, photo_share: float, widths: str, steps: int,
     minutes: float | None, batch: int, patch: int, lr: float | None, warmup: int, seed: int,
     bf16: bool | None, compiled: bool, hold: bool, validate_every: int,
 ) -> None:  # fmt: skip
@@ -159,11 +159,6 @@ def train(
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
     _prepare(patch, widths)
-    if objective == "flow" and (teacher or freeze_flow):
-        raise ExportError(
-            "expected --objective flow alone, found --teacher or --freeze-flow, which leave it nothing "
-            "to do; drop them, or train for fidelity"
-        )
     if objective == "adversarial":
         if not (init or (out / STATE_FILE).exists()):
             raise ExportError(
@@ -193,7 +188,7 @@ def train(
         temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
         perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
         discriminator_lr=discriminator_lr,
-        flow_lr=flow_lr, freeze_flow=freeze_flow, photo_share=photo_share, widths=widths, steps=steps,
+        photo_share=photo_share, widths=widths, steps=steps,
         minutes=minutes, batch=batch, patch=patch,
         lr=LEARNING_RATES[objective] if lr is None else lr, warmup=warmup, seed=seed,
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
@@ -201,8 +196,6 @@ def train(
     )  # fmt: skip
     footage = _load_footage(clips, photos, validation, cache, patch)
     start = load_checkpoint(init) if init else None
-    if start and start.widths.name != widths:
-        raise ExportError(f"expected --init of the {widths!r} widths, found {start.widths.name!r}")
     master = load_checkpoint(teacher) if teacher else None
     Trainer(
         options, *footage, out, start, master,
@@ -349,6 +342,7 @@ def evaluate(
     from export.checkpoint import DEFAULT, load_checkpoint
     from export.training import evaluation
     from export.training.curves import draw_curves
+    from export.training.device import find_device
     from export.training.footage import load_folder
     from export.training.lpips import NAME, load_lpips
     from export.training.pictures import CROP
@@ -357,7 +351,7 @@ def evaluate(
 
     if segments < 1:
         raise ExportError(f"expected --segments of at least 1, found {segments}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     paths = checkpoints or (DEFAULT,)
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):

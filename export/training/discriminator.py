@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from export.spec import CHANNELS
@@ -18,7 +19,8 @@ class Discriminator(nn.Module):
     """Strided convolutions to a score per patch, each of spectral norm 1 (Miyato et al. 2018).
 
     It also sees the middle frame's bicubic upscale: an answer must be real footage of this very picture.
-    Runs in FP32: the estimates of the spectral norm do not outlive bf16.
+    Under autocast its convolutions run in bf16, but the estimates of the spectral norm, which would not
+    outlive that, in FP32.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,11 @@ class Discriminator(nn.Module):
         """
         x = torch.cat((frames.flatten(1, 2), bicubic), 1) * 2 - 1
         *hidden, last = self.layers
-        for layer in hidden:
-            x = F.leaky_relu(layer(x), SLOPE)
-        scores: Tensor = last(x)
-        return scores
+        with parametrize.cached():
+            with torch.autocast(frames.device.type, enabled=False):
+                for layer in self.layers:
+                    _ = layer.weight  # estimates its norm, once
+            for layer in hidden:
+                x = F.leaky_relu(layer(x), SLOPE)
+            scores: Tensor = last(x)
+        return scores.float()

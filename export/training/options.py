@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-LEARNING_RATES = {"fidelity": 4e-4, "flow": 4e-4, "adversarial": 1e-4}
-TEMPORAL_WEIGHTS = {"fidelity": 0.0, "flow": 0.0, "adversarial": 0.5}
+LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 1e-4}
+TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 0.5}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class TrainOptions:
     decay_share: float = 0.4
     """The learning rate is constant, then falls along a half cosine over this last share of the run."""
     objective: str = "fidelity"
-    """Or "flow": the flow alone, which is cheap and pays before the generator learns to use it; or
-    "adversarial": fidelity, a perceptual loss and a discriminator, from weights trained for fidelity."""
+    """Or "adversarial": that, a perceptual loss and a discriminator, from weights trained for fidelity."""
     flow_weight: float = 0.1
+    """Of the flow's losses, for widths that have a learned flow."""
     flow_smoothness: float = 0.05
     motion_weight: float = 0.1
     """Of the known motion of photos, beside the warp loss."""
@@ -48,15 +48,11 @@ class TrainOptions:
     """Of the discriminator's score; used with the adversarial objective."""
     discriminator_lr: float = 1.0
     """Learning rate of the discriminator over that of the generator."""
-    flow_lr: float = 1.0
-    """Learning rate of the flow over that of the generator."""
-    freeze_flow: int = 0
-    """Steps before the flow is trained: a good flow outlives a generator that still learns to use it."""
     clip_norm: float = 0.5
     ema: float = 0.999
     seed: int = 0
     bf16: bool = field(default_factory=torch.cuda.is_available)
-    """Arithmetic of the generator's convolutions: on CPUs FP32 is faster."""
+    """Arithmetic of convolutions: faster on a GPU, and on a CPU that has instructions for it."""
     compile: bool = False
     """By ``torch.compile``: minutes at the start, for less time per step."""
     hold: bool = True

@@ -44,7 +44,8 @@ class DistilledVgg(nn.Module):
                 x = F.max_pool2d(x, 2)
             x = F.relu(conv(F.pad(x, (1, 1, 1, 1), "reflect")))
             if name in TAPS:
-                features.append(x * torch.rsqrt(x.square().sum(1, keepdim=True) + EPSILON))
+                feature = x.float()
+                features.append(feature * torch.rsqrt(feature.square().sum(1, keepdim=True) + EPSILON))
         return features
 
     def forward(self, images: Tensor, truth: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training of a network, resumable: of its flow, for fidelity, for a teacher, against a discriminator."""
+"""Training of a network, resumable: for fidelity, for a teacher, against a discriminator."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from export.checkpoint import save_checkpoint
@@ -25,8 +24,10 @@ from export.errors import ExportError
 from export.network import WIDTHS, MstGan
 from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.adversarial import Adversary
+from export.training.device import find_device, placed
 from export.training.evaluation import Instruments, Score, evaluate, mean
 from export.training.footage import Clip
+from export.training.grow import grow
 from export.training.imitation import Imitation
 from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
 from export.training.options import TrainOptions
@@ -36,8 +37,6 @@ from export.training.selection import Selection, watched
 from export.training.windows import Batch, WindowSampler, downscale, windowed
 
 log = logging.getLogger(__name__)
-
-_Network = TypeVar("_Network", bound=nn.Module)
 
 STATE_FILE = "state.pt"
 EMA_FILE = "ema.safetensors"
@@ -71,7 +70,7 @@ class Trainer:
             photos: still images to train on, may be empty.
             validation: footage to score on.
             out: run folder, created if missing.
-            init: weights to start from, of the same widths.
+            init: weights to start from, of the same widths or smaller ones, see ``grow``.
             teacher: a network, of any widths, whose answers are learned beside the truth.
             perceptual: network of the perceptual loss, for the adversarial objective.
             instruments: what validation measures besides PSNR-Y and SSIM-Y; the adversarial objective needs
@@ -82,28 +81,25 @@ class Trainer:
         """
         self.options, self.validation, self.out = options, validation, out
         self.instruments = instruments or Instruments()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = find_device()
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         # TF32 for convolutions alone: grids of the photos' known motion are products of matrices, and its
         # ten bits would misplace them by a tenth of a pixel.
         torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(options.seed)
-        self.network = _placed(MstGan(WIDTHS[options.widths]), self.device)
+        self.network = placed(MstGan(WIDTHS[options.widths]), self.device)
         if init:
-            self.network.load_state_dict(init.state_dict())
+            self.network.load_state_dict(grow(init, self.network.widths).state_dict())
         self.align, self.features = self.network.flow_align.align, self.network.generator.features
         if options.compile:
             self.align, self.features = torch.compile(self.align), torch.compile(self.features)
-        self.ema = _placed(MstGan(self.network.widths), self.device).requires_grad_(False)
+        self.ema = placed(MstGan(self.network.widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
-        self.imitation = _placed(Imitation(teacher, self.network.widths), self.device) if teacher else None
-        groups = [
-            {"params": list(self.network.flow_align.parameters()), "scale": options.flow_lr},
-            {"params": list(self.network.generator.parameters()), "scale": 1.0},
-        ]
-        if self.imitation and (adapters := list(self.imitation.adapters.parameters())):
-            groups.append({"params": adapters, "scale": 1.0})
-        self.optimizer = torch.optim.Adam(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
+        self.imitation = placed(Imitation(teacher, self.network.widths), self.device) if teacher else None
+        learned = list(self.network.parameters())
+        if self.imitation:
+            learned += self.imitation.adapters.parameters()
+        self.optimizer = torch.optim.Adam(learned, lr=options.lr, betas=(0.9, 0.99), fused=True)
         self.sampler = WindowSampler(
             clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
             device=self.device if options.hold and self.device.type == "cuda" else None,
@@ -131,17 +127,14 @@ class Trainer:
                 f"found {state['widths']!r}; choose another --out"
             )
         found = len(state["optimizer"]["param_groups"])
-        if found != len(self.optimizer.param_groups):
+        if found != 1:
             raise ExportError(
-                f"expected {self.out / STATE_FILE} with {len(self.optimizer.param_groups)} learning rates, "
-                f"found {found}: an older version wrote it; choose another --out, with --init "
-                f"{self.out / EMA_FILE}"
+                f"expected {self.out / STATE_FILE} with one learning rate, found {found}: an older version "
+                f"wrote it; choose another --out, with --init {self.out / EMA_FILE}"
             )
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # The options of this run count, as for the learning rate itself.
-        self.optimizer.param_groups[0]["scale"] = self.options.flow_lr
         if self.imitation:
             self.imitation.adapters.load_state_dict(state["adapters"])
         if self.adversary and self.selection:
@@ -224,17 +217,17 @@ class Trainer:
         frames, motion_known = windowed(downscale(batch.hr_windows), batch.motion)
         # In FP32: bf16 is too coarse for motion.
         flow, aligned, estimate = self.align(frames)
-        motion = flow_loss(estimate, o.flow_smoothness)
-        motion = motion + o.motion_weight * motion_loss(estimate, motion_known, lr_size)
-        if o.objective == "flow":
-            return motion, {"flow": motion.detach()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=o.bf16):
             features = self.features(frames, flow, aligned)
             answer = self.network.generator.finish(features, frames).float()
         truth = batch.hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
-        pixel = charbonnier(answer, F.pixel_unshuffle(truth.flatten(0, 1), SCALE))
-        total = pixel + o.flow_weight * motion
-        parts = {"pixel": pixel.detach(), "flow": motion.detach()}
+        total = charbonnier(answer, F.pixel_unshuffle(truth.flatten(0, 1), SCALE))
+        parts = {"pixel": total.detach()}
+        if self.network.widths.flow:  # calculus has nothing to learn
+            motion = flow_loss(estimate, o.flow_smoothness)
+            motion = motion + o.motion_weight * motion_loss(estimate, motion_known, lr_size)
+            total = total + o.flow_weight * motion
+            parts["flow"] = motion.detach()
         if self.imitation:
             taught = self.imitation.taught(frames, o.bf16)
             distance, hints = self.imitation.distances(answer, features, taught)
@@ -257,9 +250,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update; raises ExportError when the loss stops being a number."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.learning_rate(self.step)
-        # Without gradients Adam leaves the parameters and their moments alone, and the step is cheaper.
-        self.network.flow_align.requires_grad_(self.step >= self.options.freeze_flow)
+            group["lr"] = self.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         total, parts = self.loss(batch)
         # Here a step waits for the device. Not later: the backward pass of a warp by a flow that is not a
@@ -357,9 +348,3 @@ class Trainer:
                     "%s holds the weights that the run began with: none since was better by its rule, see %s",
                     self.out / BEST_FILE, self.out / LOG_FILE,
                 )  # fmt: skip
-
-
-def _placed(network: _Network, device: torch.device) -> _Network:
-    """On the device, in the layout its convolutions are fastest in."""
-    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
-    return network

@@ -74,7 +74,7 @@ class Ladder:
         try:
             row["params"], row["flops"] = cost(rung.widths, self.size)
             rung.check_machine()
-            weights = find_weights(rung.widths, self.bench.work)
+            weights = find_weights(rung.widths)
             found = self.bench.run(rung, weights)
             row |= self.judge.scores(found.answers)
         except CannotRunError as err:
@@ -85,7 +85,7 @@ class Ladder:
         row |= {
             "peak_memory_mb": found.peak.processes,
             "fps_rounds": found.fps,
-            "checkpoint": weights.path.name,
+            "checkpoint": weights.name,
         }
         row["others_cores"] = found.peak.others_cores
         if found.peak.gpu is not None:
@@ -93,8 +93,6 @@ class Ladder:
         if found.bare_fps:
             row["bare_fps_rounds"] = found.bare_fps
             row["serving_cost"] = round(median(found.bare_fps) / median(found.fps) - 1, 4)
-        if weights.note:
-            row["note"] = weights.note
         return row
 
     def repeat_first(self) -> None:
@@ -104,7 +102,7 @@ class Ladder:
             return
         log.info("%s, again", FIRST_RUNG.name)
         try:
-            again = self.bench.run(FIRST_RUNG, find_weights(FIRST_RUNG.widths, self.bench.work))
+            again = self.bench.run(FIRST_RUNG, find_weights(FIRST_RUNG.widths))
         except PerfError as err:
             self.failed.append(f"{FIRST_RUNG.name}, again: {one_line(err)}")
             return

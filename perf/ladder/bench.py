@@ -23,7 +23,6 @@ from perf.ladder.load import Tensors, run_load
 from perf.ladder.memory import Peak, watched
 from perf.ladder.pace import steady_fps
 from perf.ladder.rungs import Rung
-from perf.ladder.weights import Weights
 from perf.machine import ROOT
 from perf.overhead import bare_fps
 from perf.variant import ENSEMBLE, Serving, read_configs, write_variant
@@ -60,7 +59,7 @@ class Bench:
         """All that this process may use, on either side."""
         return len(os.sched_getaffinity(0))
 
-    def run(self, rung: Rung, weights: Weights) -> Found:
+    def run(self, rung: Rung, weights: Path) -> Found:
         """Run a rung.
 
         Raises:
@@ -73,11 +72,11 @@ class Bench:
         except ServerError as err:
             raise PerfError(one_line(err)) from err
 
-    def eager(self, weights: Weights) -> Found:
+    def eager(self, weights: Path) -> Found:
         """PyTorch in a process of its own, with as many threads as cores; one round."""
         frames, answers = self.work / "lr.npy", self.work / "answers.npy"
         np.save(frames, self.lr)
-        command = [sys.executable, "-m", "perf.ladder.eager", "--checkpoint", str(weights.path)]
+        command = [sys.executable, "-m", "perf.ladder.eager", "--checkpoint", str(weights)]
         command += ["--frames", str(frames), "--answers", str(answers)]
         command += ["--threads", str(self.cores), "--seconds", str(self.least_s)]
         log.info("%s", shlex.join(command))
@@ -100,14 +99,14 @@ class Bench:
             raise PerfError(f"PyTorch ended with status {process.returncode}: {_last_line(errors)}")
         return Found([steady_fps(json.loads(output), 1)], np.load(answers), peak)
 
-    def export(self, widths: str, target: str, weights: Weights) -> Path:
+    def export(self, widths: str, target: str, weights: Path) -> Path:
         """The repository of these weights for a target, exported once a run."""
         if (widths, target) in self.exported:
             return self.exported[widths, target]
         folder = self.work / f"{widths}-{target}"
         folder.mkdir(parents=True, exist_ok=True)
         # The speed gate stays out: how fast a rung is, is the question here.
-        command = [sys.executable, "-m", "export", "build", "--checkpoint", str(weights.path)]
+        command = [sys.executable, "-m", "export", "build", "--checkpoint", str(weights)]
         command += ["--repository", str(folder / "models"), "--build", str(folder / "onnx")]
         command += ["--target", target, "--no-speed-gate"]
         log.info("%s > %s", shlex.join(command), folder / "export.log")

@@ -82,7 +82,7 @@ def _ladder(result: Result) -> Section:
         )
     if not result["complete"]:
         text.append("**Not complete**: the run was stopped, and rows or the repeat of the first are missing.")
-    notes = [f"{row['name']}: {row[key]}." for row in rows for key in ("note", "why") if key in row]
+    notes = [f"{row['name']}: {row['why']}." for row in rows if "why" in row]
     if memory := _memory(rows):
         text.append(memory)
     drawn = [row for row in rows if row["fps"] is not None]

@@ -1,0 +1,21 @@
+"""Where training runs."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def find_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def placed(network: _Network, device: torch.device) -> _Network:
+    """On the device, in the layout its convolutions are fastest in."""
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    return network

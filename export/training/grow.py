@@ -1,0 +1,35 @@
+"""A network's weights in a larger one, whose answers they do not change until it is trained."""
+
+from __future__ import annotations
+
+from export.errors import ExportError
+from export.network import MstGan, Widths
+
+
+def grow(small: MstGan, widths: Widths) -> MstGan:
+    """The same function in wider layers, more blocks, or beside a pyramid (Net2Net, Chen et al. 2016).
+
+    Old channels come first and do not listen to new ones; new blocks begin as the identity, and all that is
+    new is otherwise as a fresh network has it. Of equal widths, a copy.
+
+    Args:
+        small: any network.
+        widths: of the answer: at least those of ``small`` everywhere.
+
+    Raises:
+        ExportError: ``small`` has a layer that the answer lacks, or has narrower.
+    """
+    large = MstGan(widths)
+    state = large.state_dict()
+    for name, old in small.state_dict().items():
+        new = state.get(name)
+        if new is None or any(a < b for a, b in zip(new.shape, old.shape, strict=True)):
+            raise ExportError(
+                f"expected a checkpoint that fits into the {widths.name!r} widths, found the "
+                f"{small.widths.name!r} widths, whose {name} is {tuple(old.shape)} and not at most "
+                f"{'nothing' if new is None else tuple(new.shape)}"
+            )
+        new[: len(old)] = 0
+        new[tuple(map(slice, old.shape))] = old
+    large.load_state_dict(state)
+    return large
