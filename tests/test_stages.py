@@ -186,6 +186,17 @@ def test_full_disk_keeps_what_was_saved(clip: Clip, tmp_path: Path, monkeypatch:
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_run_with_a_teacher_does_not_go_on_without(
+    clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slim = replace(TINY, name="slim", detail=8)
+    monkeypatch.setitem(WIDTHS, slim.name, slim)
+    o = options(widths=slim.name)
+    Trainer(o, [clip], [], [clip], tmp_path, None, teacher).save()
+    with pytest.raises(ExportError, match=r"expected .* trained tensors, found \d+: it had another teacher"):
+        Trainer(o, [clip], [], [clip], tmp_path)
+
+
 def test_state_of_an_older_version_is_refused(clip: Clip, tmp_path: Path) -> None:
     trainer = Trainer(options(), [clip], [], [clip], tmp_path)
     trainer.save()

@@ -11,24 +11,12 @@ from export.network.flow_align import FlowAlign
 from export.network.generator import Generator
 from export.network.pixel_shuffle import PixelShuffle
 from export.network.pyramid import PyramidGenerator
-from export.network.widths import (
-    BASELINE,
-    BASELINE_TRUNK,
-    COMPACT,
-    PRUNED,
-    PRUNED_TRUNK,
-    STUDENT,
-    WIDTHS,
-    PyramidWidths,
-    Widths,
-)
+from export.network.widths import BASELINE, COMPACT, PRUNED, STUDENT, WIDTHS, PyramidWidths, Widths
 
 __all__ = [
     "BASELINE",
-    "BASELINE_TRUNK",
     "COMPACT",
     "PRUNED",
-    "PRUNED_TRUNK",
     "STUDENT",
     "WIDTHS",
     "FlowAlign",

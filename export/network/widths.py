@@ -78,8 +78,6 @@ def trunk(widths: PyramidWidths) -> Widths:
     )
 
 
-BASELINE_TRUNK, PRUNED_TRUNK = trunk(BASELINE), trunk(PRUNED)
-
 WIDTHS = {
-    widths.name: widths for widths in (BASELINE, PRUNED, COMPACT, STUDENT, BASELINE_TRUNK, PRUNED_TRUNK)
+    widths.name: widths for widths in (BASELINE, PRUNED, COMPACT, STUDENT, trunk(BASELINE), trunk(PRUNED))
 }

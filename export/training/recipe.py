@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.checkpoint import load_checkpoint
 from export.errors import ExportError
-from export.network import BASELINE_TRUNK, WIDTHS
+from export.network import WIDTHS
 from export.training.evaluation import Instruments
 from export.training.footage import Clip
 from export.training.options import TrainOptions
@@ -57,7 +57,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("trunk", BASELINE_TRUNK.name, 0.22),
+    Stage("trunk", "baseline_trunk", 0.22),
     Stage("baseline", "baseline", 0.23, start="trunk", delivers="mst_gan_baseline"),
     Stage("sparse", "baseline", 0.10, start="baseline", prunes_to="pruned", lr=1e-4, warmup=100),
     Stage(

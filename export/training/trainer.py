@@ -87,15 +87,14 @@ class Trainer:
         # ten bits would misplace them by a tenth of a pixel.
         torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(options.seed)
-        self.network = placed(MstGan(WIDTHS[options.widths]), self.device)
-        if init:
-            self.network.load_state_dict(grow(init, self.network.widths).state_dict())
+        widths = WIDTHS[options.widths]
+        self.network = placed(grow(init, widths) if init else MstGan(widths), self.device)
         self.align, self.features = self.network.flow_align.align, self.network.generator.features
         if options.compile:
             self.align, self.features = torch.compile(self.align), torch.compile(self.features)
-        self.ema = placed(MstGan(self.network.widths), self.device).requires_grad_(False)
+        self.ema = placed(MstGan(widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
-        self.imitation = placed(Imitation(teacher, self.network.widths), self.device) if teacher else None
+        self.imitation = placed(Imitation(teacher, widths), self.device) if teacher else None
         learned = list(self.network.parameters())
         if self.imitation:
             learned += self.imitation.adapters.parameters()
@@ -131,6 +130,13 @@ class Trainer:
             raise ExportError(
                 f"expected {self.out / STATE_FILE} with one learning rate, found {found}: an older version "
                 f"wrote it; choose another --out, with --init {self.out / EMA_FILE}"
+            )
+        optimizers = self.optimizer.state_dict(), state["optimizer"]
+        mine, theirs = (len(optimizer["param_groups"][0]["params"]) for optimizer in optimizers)
+        if mine != theirs:
+            raise ExportError(
+                f"expected {self.out} to hold a run of {mine} trained tensors, found {theirs}: it had "
+                "another teacher, or none; start it again with that, or choose another --out"
             )
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
