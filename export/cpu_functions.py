@@ -124,7 +124,9 @@ _BILINEAR_IN_PIXELS = """
     right_part = Mul (right, right_share)
     below_part = Mul (below, below_share)
     across_part = Mul (across, across_share)
-    mixed = Sum (here_part, right_part, below_part, across_part)
+    upper = Sum (right_part, here_part)
+    three = Sum (below_part, upper)
+    mixed = Sum (across_part, three)
     sampled = Transpose <perm = [0, 3, 1, 2]> (mixed)
 """
 
@@ -201,6 +203,23 @@ AddByColours (tail, frame, red_kernel, green_kernel, blue_kernel, level, zero) =
 }}
 """
 
+# Bytes of what each row of sub-pixels has, times the shares of the columns: floats of one row at a time.
+_SHARE_BY_ROWS = f"""
+<domain: "{DOMAIN}", opset_import: ["": 18]>
+ShareByRows (rows, shares, level, zero) => (bytes) {{
+    first, second, third, fourth = Split <axis = 1, num_outputs = 4> (rows)
+    first_shared = Mul (first, shares)
+    second_shared = Mul (second, shares)
+    third_shared = Mul (third, shares)
+    fourth_shared = Mul (fourth, shares)
+    first_bytes = QuantizeLinear (first_shared, level, zero)
+    second_bytes = QuantizeLinear (second_shared, level, zero)
+    third_bytes = QuantizeLinear (third_shared, level, zero)
+    fourth_bytes = QuantizeLinear (fourth_shared, level, zero)
+    bytes = Concat <axis = 1> (first_bytes, second_bytes, third_bytes, fourth_bytes)
+}}
+"""
+
 FUNCTIONS = (
     _sampler("SamplePlanes", _BETWEEN, _IN_PLANES, _CORNERS, _BILINEAR_IN_PLANES),
     _sampler("SamplePixels", _BETWEEN, _IN_PIXELS, _CORNERS, _BILINEAR_IN_PIXELS),
@@ -208,6 +227,8 @@ FUNCTIONS = (
     _WEAVE,
     _IN_BLOCKS,
     _ADD_BY_COLOURS,
+    _SHARE_BY_ROWS,
 )
 """``SamplePlanes`` suits few channels and ``SamplePixels`` many; ``NearestInPlanes`` takes the nearest
-sample; ``Weave`` doubles the sides, ``InBlocks`` halves them; ``AddByColours`` ends the generator."""
+sample; ``Weave`` doubles the sides, ``InBlocks`` halves them; ``AddByColours`` ends the generator, and
+``ShareByRows`` makes the last of flow_align."""

@@ -35,6 +35,7 @@ def cpu_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     _sample_places(graph)
     _round_at_once(graph)
     _add_by_colours(graph)
+    _share_by_rows(graph)
     _read_at_once(graph)
     _move_bytes(graph)
     _read_in_blocks(graph)
@@ -132,6 +133,25 @@ def _add_by_colours(graph: onnx.GraphProto) -> None:
         graph.initializer.extend(numpy_helper.from_array(part, name) for name, part in kernels.items())
         rounding.input[:] = [tail, frame, *kernels, *rounding.input[1:]]
         _call(rounding, "AddByColours")
+
+
+def _share_by_rows(graph: onnx.GraphProto) -> None:
+    """Rows of sub-pixels times shares of columns, viewed as channels, rounded: one row after the other."""
+    producers = _producers(graph)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        chain = _chain(rounding, ["QuantizeLinear", "Reshape", "Reshape", "Mul", "Unsqueeze"], producers)
+        if not chain:
+            continue
+        _, view, _, product, rows = chain
+        columns = producers.get(product.input[1])
+        axes = [list(weights.get(node.input[1], ())) for node in (rows, columns) if node]
+        if axes != [[2], [1]]:
+            continue
+        product.input.extend(rounding.input[1:])
+        _call(product, "ShareByRows")
+        view.output[0] = rounding.output[0]
+        graph.node.remove(rounding)
 
 
 def _read_at_once(graph: onnx.GraphProto) -> None:

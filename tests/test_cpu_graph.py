@@ -96,6 +96,14 @@ def test_strided_convolutions_read_blocks(built: Path) -> None:
     assert attributes["strides"] == [1, 1]
 
 
+def test_neighbours_samples_are_shared_out_a_row_at_a_time(built: Path) -> None:
+    """Floats of all sixteen sub-pixels would be half of what the stage needs at its peak."""
+    graph = cpu_graph(onnx.load(built / "build/flow_align.onnx")).graph
+    rounded = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    products = [node for node in graph.node if node.op_type == "Mul" and rounded.intersection(node.output)]
+    assert len(products) == spec.SCALE
+
+
 def test_what_does_not_match_stays() -> None:
     """A grid that was given, not made of places."""
     text = """

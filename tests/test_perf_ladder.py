@@ -17,6 +17,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from deploy.embedded.server import TritonServer
 from perf import clip, report, results
+from perf.clip import Size
 from perf.errors import PerfError
 from perf.ladder import __main__ as ladder
 from perf.ladder import bench, rungs, table, weights
@@ -108,6 +109,7 @@ def test_an_export_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
     assert not one.exported
 
 
+PEAKS: dict[str, Any] = {"baseline-fp32": 840, "pruned-int8": 240}
 Fake = Callable[[Rung], Found]
 Climb = Callable[..., tuple[Result, dict[str, Any]]]
 
@@ -121,7 +123,9 @@ def climb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Climb:
     monkeypatch.setattr(ladder, "find_weights", _weights)
     monkeypatch.delenv("VSR_DEBUG", raising=False)
 
-    def run(fps: dict[str, Any], *arguments: str) -> tuple[Result, dict[str, Any]]:
+    def run(
+        fps: dict[str, Any], *arguments: str, peaks: dict[str, Any] = PEAKS
+    ) -> tuple[Result, dict[str, Any]]:
         def measure(self: Bench, rung: Rung, weights: Path) -> Found:
             value = fps[rung.key]
             if isinstance(value, Exception):
@@ -131,7 +135,14 @@ def climb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Climb:
             direct = [] if rung.target is None else [value * 2]
             return Found([value.pop(0) if isinstance(value, list) else value], answers, peak, direct)
 
+        def weigh(self: Bench, rung: Rung, weights: Path, size: Size) -> float:
+            value = peaks[rung.key]
+            if isinstance(value, Exception):
+                raise value
+            return float(value + size[0])
+
         monkeypatch.setattr(Bench, "run", measure)
+        monkeypatch.setattr(Bench, "peak_mb", weigh)
         result = CliRunner().invoke(ladder.main, ["--size", "16x16", "--out", str(tmp_path), *arguments])
         path = tmp_path / "ladder.json"
         return result, json.loads(path.read_text()) if path.exists() else {}
@@ -240,6 +251,33 @@ def test_wrong_arguments(climb: Climb, arguments: tuple[str, str], words: str) -
     assert result.exit_code != 0
     assert words in result.output
     assert not found
+
+
+def test_memory_is_compared_at_larger_sizes_too(climb: Climb) -> None:
+    _, found = climb({"baseline-eager": 2.0, **FIGURES})
+
+    assert found["memory"] == [
+        {"input_size": [16, 16], "baseline-fp32": 100.0, "pruned-int8": 100.0},
+        {"input_size": [360, 640], "baseline-fp32": 1200.0, "pruned-int8": 600.0},
+        {"input_size": [720, 1280], "baseline-fp32": 1560.0, "pruned-int8": 960.0},
+    ]
+    told = " ".join(table.ladder_sections(found)[0].text)
+    assert "at 640x360 600 of 1200 MB, **50%**" in told
+
+
+def test_a_size_that_fails_ends_the_comparison_of_memory(climb: Climb) -> None:
+    result, found = climb({"baseline-eager": 2.0, **FIGURES}, peaks={**PEAKS, "pruned-int8": PerfError("no")})
+
+    assert result.exit_code == 1
+    assert "Error: pruned, INT8 at 640x360: no" in result.output
+    assert [row["input_size"] for row in found["memory"]] == [[16, 16]]
+    assert found["complete"]
+
+
+def test_without_both_rows_no_memory_is_compared(climb: Climb) -> None:
+    _, found = climb({"baseline-eager": 2.0, **FIGURES}, "--rows", "pruned-int8")
+
+    assert found["memory"] == []
 
 
 def test_report_and_readme(climb: Climb, tmp_path: Path) -> None:

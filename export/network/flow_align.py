@@ -13,7 +13,7 @@ from export.network.layers import conv3x3, zeroed
 from export.network.lucas_kanade import LucasKanade, luma
 from export.network.warp import backward_warp, nearest_sample, upsample_flow
 from export.network.widths import Widths
-from export.spec import FLOW_STRIDE, NEUTRAL, SCALE
+from export.spec import FLOW_STRIDE, NEUTRAL, PHASES, SCALE, WINDOW
 
 LEVELS = 5  # coarse to fine: flow at 1/32 to 1/2 of the resolution; reaches motion of about 60 px
 GRANULE = 2**LEVELS  # frames are padded to this many pixels so that every halving is exact
@@ -65,10 +65,12 @@ def innovation(still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
         order of a pixel shuffle, row by row.
     """
     sample, offset = nearest_sample(moving, flow)
-    surprise = (255 * NEWS_GAIN * (sample - backward_warp(still, offset))).clamp(1 - NEUTRAL, NEUTRAL - 1)
     # In sub-pixels, as their bilinear shares count distances.
     centres = (torch.arange(SCALE, dtype=flow.dtype, device=flow.device) + (1 - SCALE) / 2).view(SCALE, 1, 1)
     across, down = (F.relu(1 - (SCALE * side - centres).abs()) for side in offset.split(1, dim=1))
+    # After the shares: of what an operator takes, ONNX Runtime makes the last in the file first, and so keeps
+    # one plane while it warps, not eight.
+    surprise = (255 * NEWS_GAIN * (sample - backward_warp(still, offset))).clamp(1 - NEUTRAL, NEUTRAL - 1)
     return (surprise * down)[:, :, None].mul(across[:, None]).flatten(1, 2)
 
 
@@ -143,8 +145,8 @@ class FlowAlign(nn.Module):
         flow_half = estimate.flow
         flow_full = upsample_flow(flow_half)
         still, moving = _pairs(grey)
-        warped = backward_warp(moving, flow_full).reshape(n, -1, h, w)
-        news = innovation(still, moving, flow_full).reshape(n, -1, h, w)
+        warped = backward_warp(moving, flow_full).reshape(n, WINDOW - 1, h, w)
+        news = innovation(still, moving, flow_full).reshape(n, (WINDOW - 1) * PHASES, h, w)
         flow = 0.5 * F.avg_pool2d(flow_half, 2)
         return flow.reshape(n, 4, h // FLOW_STRIDE, w // FLOW_STRIDE), warped, news, estimate
 

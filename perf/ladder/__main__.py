@@ -19,13 +19,16 @@ from perf.ladder.bench import Bench, spread_percent
 from perf.ladder.quality import CLIP, FIRST, TOF_FRAMES, Judge, read_clip
 from perf.ladder.rungs import FIRST as FIRST_RUNG
 from perf.ladder.rungs import CannotRunError, Rung, chosen
+from perf.ladder.table import MEMORY_RUNGS, memory_words
 from perf.ladder.weights import cost, find_weights
 from perf.machine import ROOT, machine
+from perf.points import size_name
 
 WORK = ROOT / "build" / "ladder"
 MEASURES = ("ms_per_frame", "fps", "ratio", "peak_memory_mb", "psnr_db", "psnr_loss_db", "ssim", "tof")
 MULTIPLE_OF = 4  # both sides of a frame that the networks take
 LEAST_FRAMES = 6  # tOF needs so many
+MEMORY_SIZES = ((360, 640), (720, 1280))
 
 Row = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class Ladder:
             "least_s": bench.least_s,
         }
         self.rows: list[Row] = []
+        self.memory: list[Row] = []
         self.failed: list[str] = []
         self.is_complete = False
 
@@ -63,6 +67,7 @@ class Ladder:
             log.info("  %s", described(self.rows[-1]))
         self.repeat_first()
         self.relate()
+        self.weigh(rungs)
         self.is_complete = True
         return self.save()
 
@@ -111,6 +116,23 @@ class Ladder:
         first["others_cores"] = max(first["others_cores"], again.peak.others_cores)
         log.info("  from start to end it changed by %.1f %%", spread_percent(first["fps_rounds"]))
 
+    def weigh(self, rungs: list[Rung]) -> None:
+        """Peak memory of two served rungs at larger sizes, where what any server takes weighs less."""
+        peaks = {row["key"]: row["peak_memory_mb"] for row in self.rows}
+        if not all(peaks.get(key) for key in MEMORY_RUNGS):
+            return
+        self.memory = [{"input_size": list(self.size), **{key: peaks[key] for key in MEMORY_RUNGS}}]
+        for size in MEMORY_SIZES:
+            found: Row = {"input_size": list(size)}
+            for rung in (rung for rung in rungs if rung.key in MEMORY_RUNGS):
+                try:
+                    found[rung.key] = self.bench.peak_mb(rung, find_weights(rung.widths), size)
+                except PerfError as err:
+                    self.failed.append(f"{rung.name} at {size_name(size)}: {one_line(err)}")
+                    return
+            log.info("at %s: %s", size_name(size), memory_words(found))
+            self.memory.append(found)
+
     def relate(self) -> None:
         """Fill in what follows from the rounds, and from the first row."""
         first = self.rows[0]
@@ -127,7 +149,7 @@ class Ladder:
     def save(self) -> Path:
         """Write everything measured so far."""
         state = {"complete": self.is_complete, "failed": self.failed}
-        return results.write(self.out, {**self.facts, **state, "rows": self.rows})
+        return results.write(self.out, {**self.facts, **state, "rows": self.rows, "memory": self.memory})
 
 
 def described(row: Row) -> str:

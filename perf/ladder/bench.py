@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -17,7 +19,7 @@ from statistics import median
 import numpy as np
 
 from deploy.embedded.server import ServerError, TritonServer
-from perf.clip import Frames, windows
+from perf.clip import Frames, Size, read_frames, windows
 from perf.errors import PerfError, one_line
 from perf.ladder.load import Tensors, run_load
 from perf.ladder.memory import Peak, watched
@@ -28,6 +30,8 @@ from perf.overhead import bare_fps
 from perf.variant import ENSEMBLE, Serving, read_configs, write_variant
 
 log = logging.getLogger(__name__)
+
+LOAD_FRAMES = 4  # where only memory counts, which the first answers take
 
 
 @dataclass(frozen=True)
@@ -124,28 +128,49 @@ class Bench:
         fps: list[float] = []
         bare: list[float] = []
         answers: Frames | None = None
+        with self._server(rung, repository) as (models, server, peak):
+            for _ in range(self.rounds):
+                load = run_load(server.grpc_url, tensors_of(models), lr_windows, rung.in_flight, self.least_s)
+                fps.append(steady_fps(load.done_s, rung.in_flight))
+                answers = load.answers if answers is None else answers
+                if peak.gpu is None:
+                    # As long as a served round, or a fast rung's would be over at once.
+                    repeats = ceil(max(1.0, fps[-1] * self.least_s / len(lr_windows)))
+                    again = np.concatenate([lr_windows] * repeats)
+                    bare.append(bare_fps(models, again, rung.batch, rung.instances, self.cores))
+                log.info("  served %.2f fps%s", fps[-1], f", bare {bare[-1]:.2f}" if bare else "")
+        assert answers is not None
+        return Found(fps, answers, peak, bare)
+
+    def peak_mb(self, rung: Rung, weights: Path, size: Size) -> float:
+        """Peak memory of a served rung under load at another size, MiB.
+
+        Raises:
+            PerfError: It could not be exported, served or measured.
+        """
+        assert rung.target is not None
+        repository = self.export(rung.widths, rung.target, weights)
+        lr_windows = windows(read_frames(LOAD_FRAMES, size), tensors_window(repository))
+        try:
+            with self._server(rung, repository) as (models, server, peak):
+                run_load(server.grpc_url, tensors_of(models), lr_windows, rung.in_flight, least_s=0)
+        except ServerError as err:
+            raise PerfError(one_line(err)) from err
+        return peak.processes
+
+    @contextmanager
+    def _server(self, rung: Rung, repository: Path) -> Iterator[tuple[Path, TritonServer, Peak]]:
+        """The rung's own repository, a server that has it loaded, and its memory since its start."""
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             models = Path(folder) / "models"
             models.mkdir()
+            assert rung.target is not None
             serving = Serving(rung.target, instances=rung.instances, batching=rung.batch > 1)
             write_variant(repository, models, serving)
             server = TritonServer(models, self.work / f"{rung.key}.log")
             server.start()
             with watched(server.process.pid) as peak, server:
-                for _ in range(self.rounds):
-                    load = run_load(
-                        server.grpc_url, tensors_of(models), lr_windows, rung.in_flight, self.least_s
-                    )
-                    fps.append(steady_fps(load.done_s, rung.in_flight))
-                    answers = load.answers if answers is None else answers
-                    if peak.gpu is None:
-                        # As long as a served round, or a fast rung's would be over at once.
-                        repeats = ceil(max(1.0, fps[-1] * self.least_s / len(lr_windows)))
-                        again = np.concatenate([lr_windows] * repeats)
-                        bare.append(bare_fps(models, again, rung.batch, rung.instances, self.cores))
-                    log.info("  served %.2f fps%s", fps[-1], f", bare {bare[-1]:.2f}" if bare else "")
-        assert answers is not None
-        return Found(fps, answers, peak, bare)
+                yield models, server, peak
 
 
 def tensors_of(repository: Path) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ HEADINGS = (
     "SSIM-Y", "tOF, px",
 )  # fmt: skip
 NOTHING = "-"
+MEMORY_RUNGS = ("baseline-fp32", "pruned-int8")
 
 
 def ladder_sections(result: Result) -> list[Section]:
@@ -83,8 +85,12 @@ def _ladder(result: Result) -> Section:
     if not result["complete"]:
         text.append("**Not complete**: the run was stopped, and rows or the repeat of the first are missing.")
     notes = [f"{row['name']}: {row['why']}." for row in rows if "why" in row]
-    if memory := _memory(rows):
-        text.append(memory)
+    if memory := result.get("memory"):
+        sizes = "; ".join(f"at {size_name(found['input_size'])} {memory_words(found)}" for found in memory)
+        text.append(
+            f"Served INT8, one instance, beside the served FP32 baseline takes {sizes}. What a server of "
+            "three Python processes takes before its first frame is in both."
+        )
     drawn = [row for row in rows if row["fps"] is not None]
     return Section(
         result["name"],
@@ -96,15 +102,10 @@ def _ladder(result: Result) -> Section:
     )
 
 
-def _memory(rows: list[dict[str, Any]]) -> str:
-    """The served INT8 chain beside the served FP32 baseline."""
-    peaks = {row["key"]: row["peak_memory_mb"] for row in rows}
-    base, ours = peaks.get("baseline-fp32"), peaks.get("pruned-int8")
-    return (
-        f"Served INT8 takes **{ours / base:.0%}** of the served FP32 baseline's memory."
-        if base and ours
-        else ""
-    )
+def memory_words(found: Mapping[str, Any]) -> str:
+    """The served INT8 chain beside the served FP32 baseline, at one size of frames."""
+    base, ours = (found[key] for key in MEMORY_RUNGS)
+    return f"{ours:.0f} of {base:.0f} MB, **{ours / base:.0%}**"
 
 
 def _serving(result: Result) -> Section:
