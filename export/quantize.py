@@ -29,7 +29,7 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from torch import Tensor, nn
 
 from export import spec
-from export.cpu_graph import scalars
+from export.cpu_graph import scalars, tail_first
 from export.network import Generator
 from export.network.frames import frames_from_window
 
@@ -218,6 +218,7 @@ def quantise_for_cpu(
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantised: onnx.ModelProto = quantizer.model.model
+    tail_first(quantised.graph)
     return quantised
 
 

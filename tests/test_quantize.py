@@ -62,11 +62,16 @@ def int8(built: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fused(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
-    """Operators that ONNX Runtime really runs."""
+def operators(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What ONNX Runtime really runs, in its order."""
     path = tmp_path_factory.mktemp("optimised") / "model.onnx"
     session(int8, path)
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.fixture(scope="module")
+def fused(operators: list[str]) -> Counter[str]:
+    return Counter(operators)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,11 @@ def test_every_convolution_but_the_skip_is_fused(fp32: Path, fused: Counter[str]
     assert fused["QuantizeLinear"] == 2 + spec.CHANNELS
     # Features out to both warps; centre frame and tail out to the sum, the latter by colours.
     assert fused["DequantizeLinear"] == 2 + 1 + spec.CHANNELS
+
+
+def test_no_skip_connection_is_kept_while_the_network_runs(operators: list[str]) -> None:
+    last_of_the_network = len(operators) - 1 - operators[::-1].index("QLinearConv")
+    assert operators.index("Conv") > last_of_the_network
 
 
 def test_activations_are_unsigned_and_weights_signed_per_channel(int8: Path) -> None:
