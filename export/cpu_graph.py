@@ -258,22 +258,16 @@ def _read_in_fours(graph: onnx.GraphProto) -> None:
 def tail_first(graph: onnx.GraphProto) -> None:
     """Have a quantised generator's tail computed before the skip connection that is added to it.
 
-    Of the nodes that feed a node, ONNX Runtime begins with the last in the file. That was a colour's skip
-    connection, and its floats were kept through the whole network; now it is none of the tail's channels, of
-    which the answer has so many more. To be called when the nodes have their places; a graph of another end
+    Of the nodes that feed a node, ONNX Runtime begins with the last in the file. Left alone, that is a
+    colour's skip connection, and its floats are kept through the whole network. So the answer's last channels
+    become an empty slice of the tail. To be called when the nodes have their places; a graph of another end
     stays as it is.
     """
     last = graph.node[-1]
-    end = [
-        "Concat",
-        "QuantizeLinear",
-        "Add",
-        "DequantizeLinear",
-        "QuantizeLinear",
-        "Split",
-        "DequantizeLinear",
-    ]
-    chain = _chain(last, end, _producers(graph))
+    operators = [
+        "Concat", "QuantizeLinear", "Add", "DequantizeLinear", "QuantizeLinear", "Split", "DequantizeLinear",
+    ]  # fmt: skip
+    chain = _chain(last, operators, _producers(graph))
     if not chain:
         return
     tail = chain[-1].input[0]

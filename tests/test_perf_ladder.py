@@ -265,6 +265,12 @@ def test_memory_is_compared_at_larger_sizes_too(climb: Climb) -> None:
     assert "at 640x360 600 of 1200 MB, **50%**" in told
 
 
+def test_no_size_is_weighed_twice(climb: Climb) -> None:
+    _, found = climb({"baseline-eager": 2.0, **FIGURES}, "--size", "640x360")
+
+    assert [row["input_size"] for row in found["memory"]] == [[360, 640], [720, 1280]]
+
+
 def test_a_size_that_fails_ends_the_comparison_of_memory(climb: Climb) -> None:
     result, found = climb({"baseline-eager": 2.0, **FIGURES}, peaks={**PEAKS, "pruned-int8": PerfError("no")})
 

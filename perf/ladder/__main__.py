@@ -122,9 +122,11 @@ class Ladder:
         if not all(peaks.get(key) for key in MEMORY_RUNGS):
             return
         self.memory = [{"input_size": list(self.size), **{key: peaks[key] for key in MEMORY_RUNGS}}]
-        for size in MEMORY_SIZES:
+        weighed = [rung for rung in rungs if rung.key in MEMORY_RUNGS]
+        for size in (size for size in MEMORY_SIZES if size != self.size):
+            self.save()
             found: Row = {"input_size": list(size)}
-            for rung in (rung for rung in rungs if rung.key in MEMORY_RUNGS):
+            for rung in weighed:
                 try:
                     found[rung.key] = self.bench.peak_mb(rung, find_weights(rung.widths), size)
                 except PerfError as err:

@@ -71,10 +71,7 @@ class Bench:
         """
         if rung.target is None:
             return self.eager(weights)
-        try:
-            return self.served(rung, self.export(rung.widths, rung.target, weights))
-        except ServerError as err:
-            raise PerfError(one_line(err)) from err
+        return self.served(rung, self.export(rung.widths, rung.target, weights))
 
     def eager(self, weights: Path) -> Found:
         """PyTorch in a process of its own, with as many threads as cores; one round."""
@@ -151,11 +148,8 @@ class Bench:
         assert rung.target is not None
         repository = self.export(rung.widths, rung.target, weights)
         lr_windows = windows(read_frames(LOAD_FRAMES, size), tensors_window(repository))
-        try:
-            with self._server(rung, repository) as (models, server, peak):
-                run_load(server.grpc_url, tensors_of(models), lr_windows, rung.in_flight, least_s=0)
-        except ServerError as err:
-            raise PerfError(one_line(err)) from err
+        with self._server(rung, repository) as (models, server, peak):
+            run_load(server.grpc_url, tensors_of(models), lr_windows, rung.in_flight, least_s=0)
         return peak.processes
 
     @contextmanager
@@ -164,13 +158,15 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             models = Path(folder) / "models"
             models.mkdir()
-            assert rung.target is not None
             serving = Serving(rung.target, instances=rung.instances, batching=rung.batch > 1)
             write_variant(repository, models, serving)
             server = TritonServer(models, self.work / f"{rung.key}.log")
             server.start()
-            with watched(server.process.pid) as peak, server:
-                yield models, server, peak
+            try:
+                with watched(server.process.pid) as peak, server:
+                    yield models, server, peak
+            except ServerError as err:
+                raise PerfError(one_line(err)) from err
 
 
 def tensors_of(repository: Path) -> Tensors:
