@@ -241,13 +241,9 @@ def _read_in_fours(graph: onnx.GraphProto) -> None:
         widened = np.pad(filters, ((0, 0), (0, missing), (0, 0), (0, 0)))
         weights[conv.input[1]].CopyFrom(numpy_helper.from_array(widened, conv.input[1]))
         source = read.input[0]
-        bounds = {f"{source}_start": 0, f"{source}_end": missing, f"{source}_axis": 1}
-        graph.initializer.extend(
-            numpy_helper.from_array(np.array([bound]), name) for name, bound in bounds.items()
-        )
         first, wide = f"{source}_first", f"{source}_in_fours"
         nodes = [
-            helper.make_node("Slice", [source, *bounds], [first]),
+            _first_channels(graph, source, missing, first),
             helper.make_node("Concat", [source, first], [wide], axis=1),
         ]
         read.input[0] = wide
@@ -272,12 +268,17 @@ def tail_first(graph: onnx.GraphProto) -> None:
         return
     tail = chain[-1].input[0]
     nothing = f"{tail}_none"
-    bounds = {f"{nothing}_start": 0, f"{nothing}_end": 0, f"{nothing}_axis": 1}
+    graph.node.insert(len(graph.node) - 1, _first_channels(graph, tail, 0, nothing))
+    last.input.append(nothing)
+
+
+def _first_channels(graph: onnx.GraphProto, source: str, count: int, answer: str) -> onnx.NodeProto:
+    """A node that slices them off, to be put in its place; its bounds are in the graph already."""
+    bounds = {f"{answer}_start": 0, f"{answer}_end": count, f"{answer}_axis": 1}
     graph.initializer.extend(
         numpy_helper.from_array(np.array([bound]), name) for name, bound in bounds.items()
     )
-    graph.node.insert(len(graph.node) - 1, helper.make_node("Slice", [tail, *bounds], [nothing], nothing))
-    last.input.append(nothing)
+    return helper.make_node("Slice", [source, *bounds], [answer], answer)
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
