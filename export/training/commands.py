@@ -42,7 +42,10 @@ def _footage_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage."
         ),
-        click.option("--photo-share", default=0.3, help="Of the windows, drawn from photos."),
+        click.option(
+            "--drawings", default=256, help="So many drawings of lines, letters and shapes beside the photos."
+        ),
+        click.option("--photo-share", default=0.4, help="Of the windows, taken from photos and drawings."),
         click.option("--seed", default=0),
         click.option(
             "--compile/--no-compile", "compiled", default=False, help="By torch.compile: slower to start."
@@ -82,15 +85,17 @@ def _prepare(patch: int, widths: str | None = None) -> None:
 
 
 def _load_footage(
-    clips: Path, photos: Path | None, validation: Path, cache: Path, patch: int
+    clips: Path, photos: Path | None, drawings: int, validation: Path, cache: Path, patch: int
 ) -> tuple[list[Clip], list[Clip], list[Clip]]:
-    """Clips and photos to train on, and the clips held back; all of at least ``patch`` pixels a side."""
+    """Clips and stills to train on, and the clips held back; all of at least ``patch`` pixels a side."""
+    from export.training.drawings import draw_all
     from export.training.footage import load_folder
 
     names = validation.read_text().split()
     held_back = load_folder(clips, cache, min_side=patch, names=names)
     training = [clip for clip in load_folder(clips, cache, min_side=patch) if clip.name not in names]
-    return training, load_folder(photos, cache, min_side=patch, photo=True) if photos else [], held_back
+    stills = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
+    return training, [*stills, *draw_all(drawings)], held_back
 
 
 @click.command()
@@ -140,7 +145,7 @@ def train(
     objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
     temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
-    weights: Path | None, photo_share: float, widths: str, steps: int,
+    weights: Path | None, drawings: int, photo_share: float, widths: str, steps: int,
     minutes: float | None, batch: int, patch: int, lr: float | None, warmup: int, seed: int,
     bf16: bool | None, compiled: bool, hold: bool, validate_every: int,
 ) -> None:  # fmt: skip
@@ -154,7 +159,7 @@ def train(
     from export.checkpoint import load_checkpoint
     from export.training.evaluation import Instruments
     from export.training.lpips import NAME, load_lpips
-    from export.training.options import LEARNING_RATES, TEMPORAL_WEIGHTS
+    from export.training.options import LEARNING_RATES, OPTIMIZERS, TEMPORAL_WEIGHTS
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
@@ -184,7 +189,8 @@ def train(
     distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
     instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
     options = TrainOptions(
-        objective=objective, teacher_weight=teacher_weight, hint_weight=hint_weight,
+        objective=objective, optimizer=OPTIMIZERS[objective],
+        teacher_weight=teacher_weight, hint_weight=hint_weight,
         temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
         perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
         discriminator_lr=discriminator_lr,
@@ -194,7 +200,7 @@ def train(
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip
-    footage = _load_footage(clips, photos, validation, cache, patch)
+    footage = _load_footage(clips, photos, drawings, validation, cache, patch)
     start = load_checkpoint(init) if init else None
     master = load_checkpoint(teacher) if teacher else None
     Trainer(
@@ -223,8 +229,8 @@ def train(
 @click.option("--lr", default=1e-4, help="Peak learning rate.")
 def prune(
     checkpoint: Path, clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path,
-    widths: str, steps: int, minutes: float | None, sparsity: float, photo_share: float, batch: int,
-    patch: int, lr: float, warmup: int, seed: int, bf16: bool | None, compiled: bool, hold: bool,
+    widths: str, steps: int, minutes: float | None, sparsity: float, drawings: int, photo_share: float,
+    batch: int, patch: int, lr: float, warmup: int, seed: int, bf16: bool | None, compiled: bool, hold: bool,
     validate_every: int,
 ) -> None:  # fmt: skip
     """Take the least important channels out of a trained network; Ctrl-C saves, the same command goes on."""
@@ -245,12 +251,12 @@ def prune(
     network = load_checkpoint(checkpoint)
     groups = find_groups(network.widths, WIDTHS[widths])
     options = TrainOptions(
-        photo_share=photo_share, widths=network.widths.name, steps=steps, minutes=minutes, batch=batch,
-        patch=patch, lr=lr, warmup=warmup, seed=seed,
+        optimizer="adam", photo_share=photo_share, widths=network.widths.name, steps=steps,
+        minutes=minutes, batch=batch, patch=patch, lr=lr, warmup=warmup, seed=seed,
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip
-    footage = _load_footage(clips, photos, validation, cache, patch)
+    footage = _load_footage(clips, photos, drawings, validation, cache, patch)
     trainer = SparseTrainer(
         groups, sparsity, options, *footage, out.with_suffix(""), network,
     )  # fmt: skip
@@ -281,8 +287,8 @@ def prune(
 @click.option("--patch", default=256, help="Hr pixels a side.")
 def train_all(
     clips: Path, photos: Path | None, validation: Path, perceptual: Path, weights: Path, out: Path,
-    cache: Path, minutes: float, steps: int, photo_share: float, batch: int, patch: int, seed: int,
-    compiled: bool, hold: bool,
+    cache: Path, minutes: float, steps: int, drawings: int, photo_share: float, batch: int, patch: int,
+    seed: int, compiled: bool, hold: bool,
 ) -> None:  # fmt: skip
     """Train every checkpoint within a budget of time: baseline, pruned, perceptual, compact, student.
 
@@ -298,7 +304,7 @@ def train_all(
     _prepare(patch)
     # All of it before the first stage: a fault here must not cost what stages before it took.
     distance, judge = load_distilled_vgg(perceptual), load_lpips(weights)
-    footage = Footage(*_load_footage(clips, photos, validation, cache, patch))
+    footage = Footage(*_load_footage(clips, photos, drawings, validation, cache, patch))
     options = TrainOptions(
         steps=steps, photo_share=photo_share, batch=batch, patch=patch, seed=seed, compile=compiled, hold=hold
     )

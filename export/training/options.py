@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 1e-4}
+OPTIMIZERS = {"fidelity": "muon", "adversarial": "adam"}
 TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 0.5}
 
 
@@ -22,7 +23,10 @@ class TrainOptions:
     batch: int = 12
     patch: int = 192
     """Hr pixels a side."""
-    photo_share: float = 0.3
+    photo_share: float = 0.4
+    """Of the windows, drawn from stills."""
+    optimizer: str = "muon"
+    """Or "adam", see ``optimizer.OPTIMIZERS``."""
     lr: float = 4e-4
     final_lr: float = 1e-6
     warmup: int = 500

@@ -30,6 +30,7 @@ from export.training.footage import Clip
 from export.training.grow import grow
 from export.training.imitation import Imitation
 from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
+from export.training.optimizer import OPTIMIZERS
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
 from export.training.run_log import RunLog
@@ -98,7 +99,7 @@ class Trainer:
         learned = list(self.network.parameters())
         if self.imitation:
             learned += self.imitation.adapters.parameters()
-        self.optimizer = torch.optim.Adam(learned, lr=options.lr, betas=(0.9, 0.99), fused=True)
+        self.optimizer = OPTIMIZERS[options.optimizer](learned, options.lr)
         self.sampler = WindowSampler(
             clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
             device=self.device if options.hold and self.device.type == "cuda" else None,
@@ -125,11 +126,11 @@ class Trainer:
                 f"expected {self.out} to hold a run of the {self.options.widths!r} widths, "
                 f"found {state['widths']!r}; choose another --out"
             )
-        found = len(state["optimizer"]["param_groups"])
-        if found != 1:
+        found = state.get("optimizer_name", "an older version's")
+        if found != self.options.optimizer:
             raise ExportError(
-                f"expected {self.out / STATE_FILE} with one learning rate, found {found}: an older version "
-                f"wrote it; choose another --out, with --init {self.out / EMA_FILE}"
+                f"expected {self.out / STATE_FILE} of the optimiser {self.options.optimizer!r}, found "
+                f"{found!r}; choose another --out, with --init {self.out / EMA_FILE}"
             )
         optimizers = self.optimizer.state_dict(), state["optimizer"]
         mine, theirs = (len(optimizer["param_groups"][0]["params"]) for optimizer in optimizers)
@@ -169,6 +170,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": self.options.optimizer,
         }
         if self.imitation:
             state["adapters"] = self.imitation.adapters.state_dict()

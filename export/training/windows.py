@@ -20,6 +20,7 @@ MIN_STD = 6.0  # grey levels; flatter crops teach nothing
 CROP_TRIES = 5
 PHOTO_MARGIN = 32  # hr pixels kept around a photo's crop for its made-up motion
 MAX_SHIFT = 12.0  # hr pixels per frame
+TRIPOD_SHARE = 0.3  # of the windows of photos have no motion, as much footage: one frame must do
 MAX_SHAKE = 0.3  # standard deviation, hr pixels
 MAX_TURN = math.radians(1.5)  # per frame
 MAX_ZOOM = 0.015  # per frame
@@ -191,20 +192,21 @@ class WindowSampler:
         return window.flip(0) if drawn.reversed else window
 
     def _draw_photo(self, rng: np.random.Generator, length: int) -> _PhotoWindow:
-        """Move a virtual camera over a photo: shift, turn and zoom at a steady rate, plus a little shake."""
+        """Move a virtual camera over a photo, if it moves: a steady shift, turn and zoom, and some shake."""
         index = int(rng.integers(len(self.photos)))
         height, width = self.photos[index].segments.shape[2:4]
         side = min(self.patch + 2 * PHOTO_MARGIN, height, width)
         y, x = (int(rng.integers(full - side + 1)) for full in (height, width))
-        shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
-        turn, zoom = rng.uniform(-MAX_TURN, MAX_TURN), rng.uniform(-MAX_ZOOM, MAX_ZOOM)
+        pace = float(rng.random() >= TRIPOD_SHARE)
+        shift = pace * rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
+        turn, zoom = pace * rng.uniform(-MAX_TURN, MAX_TURN), pace * rng.uniform(-MAX_ZOOM, MAX_ZOOM)
         reach = self.patch / side  # grid_sample's unit is half a side of the source
         camera = torch.zeros(length, 3, 3)
         for frame in range(length):
             t = frame - length // 2
             factor = reach * math.exp(zoom * t)
             cos, sin = factor * math.cos(turn * t), factor * math.sin(turn * t)
-            dx, dy = 2 * (shift * t + rng.normal(0, MAX_SHAKE, 2)) / side
+            dx, dy = 2 * (shift * t + rng.normal(0, pace * MAX_SHAKE, 2)) / side
             camera[frame] = torch.tensor([[cos, -sin, dx], [sin, cos, dy], [0, 0, 1]])
         return _PhotoWindow(index, side, y, x, *_draw_turn(rng), camera)
 

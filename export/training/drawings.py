@@ -1,0 +1,137 @@
+"""Drawings to train on: lines, grids, letters and plain shapes, as sharp as footage seldom shows them.
+
+Thin straight lines a few pixels apart come through as beats of bright and dark. A network that has seen
+many takes them for lines; one that has not, for blobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from export.training.footage import Clip
+
+SIDE = 512  # hr pixels
+OVERSAMPLING = 4  # drawn so much larger, then averaged: smooth edges
+CANVAS = SIDE * OVERSAMPLING
+MAX_LAYERS = 2
+MIN_CONTRAST = 40.0  # grey levels between a layer and the ground
+PITCH = 8.0, 32.0  # hr pixels from line to line: from where an lr frame begins to tell them apart
+STROKE = 1.0, 4.0  # hr pixels
+LETTERS = 8.0, 32.0  # hr pixels of height
+MAX_SOFTNESS = 0.8  # hr pixels, standard deviation: a lens
+MAX_TILT = 0.25  # how far perspective moves a corner, over the side
+GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789     .,:;-+()?!&%/"
+
+Colour = tuple[int, int, int]
+Motif = Callable[[ImageDraw.ImageDraw, np.random.Generator], None]
+
+
+def draw_all(count: int) -> list[Clip]:
+    """``count`` drawings, as photos are; always the same."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda index: Clip(f"drawing {index}", draw(index)[None, None]), range(count)))
+
+
+def draw(seed: int) -> NDArray[np.uint8]:
+    """(SIDE, SIDE, 3) RGB."""
+    rng = np.random.default_rng((0, seed))
+    ground = _colour(rng)
+    corners = np.clip(rng.normal(ground, 20, (2, 2, 3)), 0, 255).astype(np.uint8)
+    image = Image.fromarray(corners).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
+    for _ in range(rng.integers(1, MAX_LAYERS + 1)):
+        mask = Image.new("L", (CANVAS, CANVAS))
+        MOTIFS[rng.integers(len(MOTIFS))](ImageDraw.Draw(mask), rng)
+        mask = mask.transform(
+            mask.size, Image.Transform.PERSPECTIVE, _perspective(rng), Image.Resampling.BILINEAR
+        )
+        image.paste(_colour(rng, unlike=ground), mask=mask)
+    image = image.reduce(OVERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_SOFTNESS)))
+    return np.asarray(image)
+
+
+def _colour(rng: np.random.Generator, unlike: Colour | None = None) -> Colour:
+    """Any colour, often nearly grey; at least ``MIN_CONTRAST`` brighter or darker than ``unlike``."""
+    while True:
+        drawn = rng.uniform(0, 255) + rng.uniform(0, 1) * rng.uniform(-128, 128, 3)
+        red, green, blue = np.clip(drawn, 0, 255).astype(int).tolist()
+        if unlike is None or abs(red + green + blue - sum(unlike)) > 3 * MIN_CONTRAST:
+            return red, green, blue
+
+
+def _perspective(rng: np.random.Generator) -> Sequence[float]:
+    """Coefficients that turn, shrink and tilt a canvas, as Pillow takes them: from answer to source."""
+    angle, zoom = rng.uniform(0, 2 * np.pi), rng.uniform(1, 1.5)
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
+    turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
+    moved = zoom * corners @ turn + rng.uniform(-MAX_TILT, MAX_TILT, (4, 2))
+    to, source = ((1 + points) * CANVAS / 2 for points in (moved, corners))
+    equations = [
+        row
+        for (x, y), (u, v) in zip(to, source, strict=True)
+        for row in ((x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y))
+    ]
+    return np.linalg.solve(np.array(equations), source.flatten()).tolist()
+
+
+def _between(rng: np.random.Generator, least: float, most: float) -> int:
+    """Pixels of the canvas, log-uniform between hr pixels."""
+    return round(OVERSAMPLING * float(np.exp(rng.uniform(np.log(least), np.log(most)))))
+
+
+def _grid(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """Parallel lines, in one direction or two; every so many a heavier one."""
+    pitch = _between(rng, *PITCH)
+    heavy = int(rng.integers(2, 12))
+    is_crossed = rng.random() < 0.7
+    stroke = min(_between(rng, *STROKE), pitch // 2)
+    extra = int(rng.integers(0, stroke + 1)) if rng.random() < 0.5 else 0
+    for index, at in enumerate(range(0, CANVAS, pitch)):
+        width = stroke + (0 if index % heavy else extra)
+        draw.line((at, 0, at, CANVAS), 255, width)
+        if is_crossed:
+            draw.line((0, at, CANVAS, at), 255, width)
+
+
+def _rectangles(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """Rows of equal rectangles: bricks, windows, a chessboard."""
+    across, down = _between(rng, *PITCH), _between(rng, *PITCH)
+    width, height = (max(OVERSAMPLING, round(side * rng.uniform(0.3, 0.9))) for side in (across, down))
+    shift = across // 2 if rng.random() < 0.5 else 0
+    for row, top in enumerate(range(0, CANVAS, down)):
+        for left in range(-shift * (row % 2), CANVAS, across):
+            draw.rectangle((left, top, left + width, top + height), 255)
+
+
+def _letters(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """Lines of letters."""
+    size = _between(rng, *LETTERS)
+    font = ImageFont.load_default(size)
+    for top in range(0, CANVAS, round(size * rng.uniform(1.1, 2))):
+        text = "".join(rng.choice(list(GLYPHS), 2 * CANVAS // size))
+        draw.text((0, top), text, 255, font)
+
+
+def _shapes(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """Outlines and areas: ellipses, polygons, broken lines."""
+    for _ in range(rng.integers(3, 30)):
+        stroke = _between(rng, *STROKE)
+        x, y = rng.integers(CANVAS, size=2).tolist()
+        reach = _between(rng, 8, 120)
+        points = [(x + dx, y + dy) for dx, dy in rng.integers(-reach, reach + 1, (4, 2)).tolist()]
+        kind = rng.integers(4)
+        if kind == 0:
+            draw.polygon(points, 255)
+        elif kind == 1:
+            draw.line(points, 255, stroke, joint="curve")
+        elif kind == 2:
+            draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=255, width=stroke)
+        else:
+            draw.ellipse((x - reach, y - reach // 2, x + reach, y + reach // 2), 255)
+
+
+MOTIFS: Sequence[Motif] = (_grid, _grid, _grid, _rectangles, _letters, _shapes)

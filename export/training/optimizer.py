@@ -1,0 +1,93 @@
+"""What updates the weights: Muon for kernels, Adam for everything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of Jordan's quintic
+ITERATIONS = 5
+RMS = 0.2  # of an update over the learning rate, as Adam's: what suits one suits the other
+BETAS = 0.9, 0.99
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Adam as all training here uses it."""
+    return torch.optim.Adam(parameters, lr=lr, betas=BETAS, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves every kernel by its momentum with all singular values made alike (Jordan et al. 2024).
+
+    A kernel is the matrix of its output channels. What it has learned least of moves as far as what it has
+    learned most of, and so the same steps teach more than Adam's. Biases, which are no matrices, have Adam.
+    ``torch.optim.Muon`` takes matrices alone, one after the other; here kernels of a shape go together, which
+    a GPU needs to be kept busy. Scaled as by Liu et al. 2025, so that Adam's learning rates hold.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {"lr": lr})
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter.ndim > 1:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        self.kernels = list(by_shape.values())
+        self.adam = adam([p for p in parameters if p.ndim < 2], lr)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; ``closure`` is not supported."""
+        lr = self.param_groups[0]["lr"]
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        for kernels in self.kernels:
+            moving = {kernel: kernel.grad for kernel in kernels if kernel.grad is not None}
+            if moving:
+                updates = orthogonal(torch.stack([self._momentum(*pair) for pair in moving.items()]))
+                step = lr * RMS * math.sqrt(max(updates.shape[1:]))
+                for kernel, update in zip(moving, updates, strict=True):
+                    kernel.sub_(update.view(kernel.shape), alpha=step)
+
+    def _momentum(self, kernel: nn.Parameter, gradient: Tensor) -> Tensor:
+        """Nesterov's, as a matrix."""
+        state = self.state[kernel]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(kernel)
+        momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(momentum, MOMENTUM).flatten(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of both."""
+        return {**super().state_dict(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of both."""
+        own = {name: state_dict[name] for name in ("state", "param_groups")}
+        super().load_state_dict(own)
+        self.adam.load_state_dict(state_dict["adam"])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, rows, columns) with their singular values brought near one, most within 0.7 to 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]] = {
+    "muon": Muon,
+    "adam": adam,
+}

@@ -1,0 +1,53 @@
+"""Drawings that are trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from export.training import drawings
+from export.training.drawings import CANVAS, MOTIFS, SIDE, draw, draw_all
+from export.training.windows import WindowSampler
+
+
+def test_a_drawing_is_a_photo_and_always_the_same() -> None:
+    few = draw_all(3)
+    assert [clip.segments.shape for clip in few] == [(1, 1, SIDE, SIDE, 3)] * 3
+    assert all(clip.segments.dtype == np.uint8 for clip in few)
+    assert len({clip.segments.tobytes() for clip in few}) == 3
+    assert np.array_equal(draw_all(2)[1].segments, few[1].segments)
+    assert draw_all(0) == []
+
+
+def test_every_drawing_has_something_to_learn() -> None:
+    assert min(draw(seed).std() for seed in range(12)) > 6  # a sampler's flattest crop
+
+
+@pytest.mark.parametrize("motif", sorted(set(MOTIFS), key=lambda motif: motif.__name__))
+def test_every_motif_leaves_its_mark(motif: drawings.Motif) -> None:
+    for seed in range(4):
+        mask = Image.new("L", (CANVAS, CANVAS))
+        motif(ImageDraw.Draw(mask), np.random.default_rng(seed))
+        covered = np.asarray(mask).mean() / 255
+        assert 0.0005 < covered < 0.95
+
+
+def test_lines_are_smooth_edged_and_thin_ones_are_there() -> None:
+    """Edges pass through greys, as after a lens; the finest structure is a few pixels wide."""
+    jumps = [np.abs(np.diff(draw(seed).astype(int), axis=1)).max() for seed in range(12)]
+    assert max(jumps) > 60
+    spectra = [np.abs(np.fft.rfft2(draw(seed).mean(2))) for seed in range(12)]
+    fine = [spectrum[:, SIDE // 16 :].sum() / spectrum.sum() for spectrum in spectra]
+    assert max(fine) > 0.2  # of finer than 16 hr pixels
+
+
+def test_drawings_are_moved_as_photos_are_and_some_not_at_all() -> None:
+    batch = WindowSampler(draw_all(1), draw_all(2), patch=64, photo_share=1.0, seed=0).batch(0, 24)
+    assert batch.hr_windows.shape == (24, 3, 3, 64, 64)
+    before, centre, after = batch.hr_windows.unbind(1)
+    stands = (before == centre).flatten(1).all(1) & (after == centre).flatten(1).all(1)
+    assert 2 <= stands.sum() <= 14  # of 24, at a share of 0.3
+    nowhere = torch.eye(3)[:2].expand(24, 2, 2, 3)
+    assert torch.equal((batch.motion - nowhere).abs().flatten(1).amax(1) < 1e-6, stands)
