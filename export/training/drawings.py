@@ -21,7 +21,8 @@ CANVAS = SIDE * OVERSAMPLING
 MAX_LAYERS = 2
 MIN_CONTRAST = 40.0  # grey levels between a layer and the ground
 PITCH = 8.0, 32.0  # hr pixels from line to line: from where an lr frame begins to tell them apart
-STROKE = 1.0, 4.0  # hr pixels
+STROKE = 1.0, 6.0  # hr pixels
+WAVES = 60.0, 400.0  # hr pixels of length
 LETTERS = 8.0, 32.0  # hr pixels of height
 MAX_SOFTNESS = 0.8  # hr pixels, standard deviation: a lens
 MAX_TILT = 0.25  # how far perspective moves a corner, over the side
@@ -83,18 +84,22 @@ def _between(rng: np.random.Generator, least: float, most: float) -> int:
     return round(OVERSAMPLING * float(np.exp(rng.uniform(np.log(least), np.log(most)))))
 
 
-def _grid(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    """Parallel lines, in one direction or two; every so many a heavier one."""
+def _lines(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """Parallel lines, straight or in waves, in one direction or two; every so many a heavier one."""
     pitch = _between(rng, *PITCH)
-    heavy = int(rng.integers(2, 12))
-    is_crossed = rng.random() < 0.7
     stroke = min(_between(rng, *STROKE), pitch // 2)
+    heavy = int(rng.integers(2, 12))
     extra = int(rng.integers(0, stroke + 1)) if rng.random() < 0.5 else 0
+    is_crossed, is_wavy = rng.random(2) < (0.7, 0.3)
+    along = np.linspace(0, CANVAS, 65)
+    height = pitch * rng.uniform(0.2, 2) if is_wavy else 0.0
+    wave = height * np.sin(2 * np.pi * along / _between(rng, *WAVES) + rng.uniform(0, 2 * np.pi))
     for index, at in enumerate(range(0, CANVAS, pitch)):
         width = stroke + (0 if index % heavy else extra)
-        draw.line((at, 0, at, CANVAS), 255, width)
+        points = np.stack((along, at + wave), axis=1)
+        draw.line(points.flatten().tolist(), 255, width)
         if is_crossed:
-            draw.line((0, at, CANVAS, at), 255, width)
+            draw.line(points[:, ::-1].flatten().tolist(), 255, width)
 
 
 def _rectangles(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
@@ -134,4 +139,4 @@ def _shapes(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
             draw.ellipse((x - reach, y - reach // 2, x + reach, y + reach // 2), 255)
 
 
-MOTIFS: Sequence[Motif] = (_grid, _grid, _grid, _rectangles, _letters, _shapes)
+MOTIFS: Sequence[Motif] = (_lines, _lines, _lines, _rectangles, _letters, _shapes)
