@@ -302,7 +302,7 @@ def train(folder: Path, *more: object) -> Result:
     (folder / "held_back.txt").write_text("a.mp4\n")
     arguments = [
         "train", "--clips", folder, "--validation", folder / "held_back.txt", "--out", folder / "run",
-        "--widths", TINY.name, "--patch", 64, *more,
+        "--drawings", 1, "--widths", TINY.name, "--patch", 64, *more,
     ]  # fmt: skip
     return CliRunner().invoke(main, list(map(str, arguments)))
 

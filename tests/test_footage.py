@@ -12,7 +12,6 @@ from PIL import Image
 
 from export.errors import ExportError
 from export.sample import sample_clip
-from export.training import windows
 from export.training.footage import SEGMENT, Clip, load_folder
 from export.training.windows import WindowSampler
 
@@ -96,13 +95,13 @@ def test_held_footage_gives_the_same_batches() -> None:
             torch.testing.assert_close(a, b, equal_nan=True)
 
 
-def test_flat_crops_are_drawn_again() -> None:
-    """Half of the picture is flat; of five tries one nearly always finds the other half."""
+def test_of_a_few_crops_the_sharpest_is_taken() -> None:
+    """More than half of the picture is flat; of four tries one nearly always finds the rest."""
     segments = noise_clip("half", 7, 128).segments.copy()
     segments[:, :, :, :72] = 90
     sampler = WindowSampler([Clip("half", segments)], [], patch=32, photo_share=0, seed=0)
     deviations = sampler.batch(0, 64).hr_windows[:, 1].std((1, 2, 3)) * 255
-    assert (deviations > windows.MIN_STD).float().mean() > 0.9  # about two thirds without
+    assert (deviations > 6).float().mean() > 0.9  # about two thirds without
 
 
 def test_footage_larger_than_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,7 @@ def footage(tmp_path: Path) -> Path:
 
 def run_prune(checkpoint: Path, footage: Path, out: Path, *options: object) -> Result:
     arguments = [
-        "prune", "--checkpoint", checkpoint, "--clips", footage,
+        "prune", "--drawings", 0, "--checkpoint", checkpoint, "--clips", footage,
         "--validation", footage.parent / "validation.txt", "--cache", footage.parent / "cache",
         "--out", out, "--widths", TINY.name, "--steps", 2, "--batch", 1, "--patch", 64, "--fp32", *options,
     ]  # fmt: skip
@@ -307,7 +307,7 @@ def test_prune_command(wide: MstGan, footage: Path, tmp_path: Path) -> None:
     trained = CliRunner().invoke(
         main,
         list(map(str, [
-            "train", "--clips", footage, "--validation", footage.parent / "validation.txt",
+            "train", "--drawings", 0, "--clips", footage, "--validation", footage.parent / "validation.txt",
             "--cache", footage.parent / "cache", "--out", tmp_path / "tuned", "--widths", TINY.name,
             "--init", out, "--teacher", checkpoint, "--steps", 1, "--batch", 1, "--patch", 64, "--fp32",
         ])),

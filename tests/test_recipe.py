@@ -59,7 +59,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def train_all(folder: Path) -> Result:
     arguments = [
-        "train-all", "--clips", folder / "clips", "--validation", folder / "held_back.txt",
+        "train-all", "--drawings", 1, "--clips", folder / "clips", "--validation", folder / "held_back.txt",
         "--cache", folder / "cache", "--out", folder / "out", "--perceptual", folder / "vgg.pth",
         "--weights", folder, "--minutes", 600, "--steps", STEPS, "--batch", 3, "--patch", 64,
     ]  # fmt: skip

@@ -349,7 +349,7 @@ def test_train_command(footage: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     held_back = tmp_path / "validation.txt"
     held_back.write_text("held_back.mp4\n")
     arguments = [
-        "train", "--clips", footage, "--validation", held_back, "--out", tmp_path / "run",
+        "train", "--drawings", 1, "--clips", footage, "--validation", held_back, "--out", tmp_path / "run",
         "--cache", tmp_path / "cache",
         "--widths", TINY.name, "--steps", 2, "--batch", 1, "--patch", 64, "--fp32",
     ]  # fmt: skip

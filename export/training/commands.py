@@ -159,7 +159,7 @@ def train(
     from export.checkpoint import load_checkpoint
     from export.training.evaluation import Instruments
     from export.training.lpips import NAME, load_lpips
-    from export.training.options import LEARNING_RATES, OPTIMIZERS, TEMPORAL_WEIGHTS
+    from export.training.options import LEARNING_RATES, OPTIMIZERS, SQUARED_WEIGHTS, TEMPORAL_WEIGHTS
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
@@ -189,7 +189,7 @@ def train(
     distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
     instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
     options = TrainOptions(
-        objective=objective, optimizer=OPTIMIZERS[objective],
+        objective=objective, optimizer=OPTIMIZERS[objective], squared_weight=SQUARED_WEIGHTS[objective],
         teacher_weight=teacher_weight, hint_weight=hint_weight,
         temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
         perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,

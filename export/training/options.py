@@ -8,6 +8,7 @@ import torch
 
 LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 1e-4}
 OPTIMIZERS = {"fidelity": "muon", "adversarial": "adam"}
+SQUARED_WEIGHTS = {"fidelity": 30.0, "adversarial": 0.0}
 TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 0.5}
 
 
@@ -35,6 +36,9 @@ class TrainOptions:
     """The learning rate is constant, then falls along a half cosine over this last share of the run."""
     objective: str = "fidelity"
     """Or "adversarial": that, a perceptual loss and a discriminator, from weights trained for fidelity."""
+    squared_weight: float = 30.0
+    """Of the squared error, beside Charbonnier's distance: where the answer is in doubt, the mean of what it
+    may be in place of the median. That is what PSNR asks for."""
     flow_weight: float = 0.1
     """Of the flow's losses, for widths that have a learned flow."""
     flow_smoothness: float = 0.05

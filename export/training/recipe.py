@@ -13,7 +13,7 @@ from export.errors import ExportError
 from export.network import WIDTHS
 from export.training.evaluation import Instruments
 from export.training.footage import Clip
-from export.training.options import OPTIMIZERS, TrainOptions
+from export.training.options import OPTIMIZERS, SQUARED_WEIGHTS, TrainOptions
 from export.training.perceptual import DistilledVgg
 from export.training.prune import SparseTrainer, find_groups, finish
 from export.training.selection import watched
@@ -150,6 +150,7 @@ def _options(stage: Stage, options: TrainOptions, minutes: float) -> TrainOption
         minutes=minutes * stage.share,
         objective=stage.objective,
         optimizer="adam" if stage.prunes_to else OPTIMIZERS[stage.objective],
+        squared_weight=SQUARED_WEIGHTS[stage.objective],
         lr=stage.lr,
         warmup=stage.warmup,
         temporal_weight=stage.temporal_weight,

@@ -229,7 +229,8 @@ class Trainer:
             features = self.features(frames, flow, aligned)
             answer = self.network.generator.finish(features, frames).float()
         truth = batch.hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
-        total = charbonnier(answer, F.pixel_unshuffle(truth.flatten(0, 1), SCALE))
+        target = F.pixel_unshuffle(truth.flatten(0, 1), SCALE)
+        total = charbonnier(answer, target) + o.squared_weight * F.mse_loss(answer, target)
         parts = {"pixel": total.detach()}
         if self.network.widths.flow:  # calculus has nothing to learn
             motion = flow_loss(estimate, o.flow_smoothness)
