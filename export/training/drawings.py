@@ -65,7 +65,7 @@ def _colour(rng: np.random.Generator, unlike: Colour | None = None) -> Colour:
 
 
 def _perspective(rng: np.random.Generator) -> Sequence[float]:
-    """Coefficients that turn, shrink and tilt a canvas, as Pillow takes them: from answer to source."""
+    """Coefficients that turn, enlarge and tilt a canvas, as Pillow takes them: from answer to source."""
     angle, zoom = rng.uniform(0, 2 * np.pi), rng.uniform(1, 1.5)
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
     turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
@@ -84,7 +84,7 @@ def _between(rng: np.random.Generator, least: float, most: float) -> int:
     return round(OVERSAMPLING * float(np.exp(rng.uniform(np.log(least), np.log(most)))))
 
 
-def _lines(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+def _lines(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     """Parallel lines, straight or in waves, in one direction or two; every so many a heavier one."""
     pitch = _between(rng, *PITCH)
     stroke = min(_between(rng, *STROKE), pitch // 2)
@@ -97,31 +97,31 @@ def _lines(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     for index, at in enumerate(range(0, CANVAS, pitch)):
         width = stroke + (0 if index % heavy else extra)
         points = np.stack((along, at + wave), axis=1)
-        draw.line(points.flatten().tolist(), 255, width)
+        pen.line(points.flatten().tolist(), 255, width)
         if is_crossed:
-            draw.line(points[:, ::-1].flatten().tolist(), 255, width)
+            pen.line(points[:, ::-1].flatten().tolist(), 255, width)
 
 
-def _rectangles(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+def _rectangles(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     """Rows of equal rectangles: bricks, windows, a chessboard."""
     across, down = _between(rng, *PITCH), _between(rng, *PITCH)
     width, height = (max(OVERSAMPLING, round(side * rng.uniform(0.3, 0.9))) for side in (across, down))
     shift = across // 2 if rng.random() < 0.5 else 0
     for row, top in enumerate(range(0, CANVAS, down)):
         for left in range(-shift * (row % 2), CANVAS, across):
-            draw.rectangle((left, top, left + width, top + height), 255)
+            pen.rectangle((left, top, left + width, top + height), 255)
 
 
-def _letters(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+def _letters(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     """Lines of letters."""
     size = _between(rng, *LETTERS)
     font = ImageFont.load_default(size)
     for top in range(0, CANVAS, round(size * rng.uniform(1.1, 2))):
         text = "".join(rng.choice(list(GLYPHS), 2 * CANVAS // size))
-        draw.text((0, top), text, 255, font)
+        pen.text((0, top), text, 255, font)
 
 
-def _shapes(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+def _shapes(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     """Outlines and areas: ellipses, polygons, broken lines."""
     for _ in range(rng.integers(3, 30)):
         stroke = _between(rng, *STROKE)
@@ -130,13 +130,13 @@ def _shapes(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
         points = [(x + dx, y + dy) for dx, dy in rng.integers(-reach, reach + 1, (4, 2)).tolist()]
         kind = rng.integers(4)
         if kind == 0:
-            draw.polygon(points, 255)
+            pen.polygon(points, 255)
         elif kind == 1:
-            draw.line(points, 255, stroke, joint="curve")
+            pen.line(points, 255, stroke, joint="curve")
         elif kind == 2:
-            draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=255, width=stroke)
+            pen.ellipse((x - reach, y - reach, x + reach, y + reach), outline=255, width=stroke)
         else:
-            draw.ellipse((x - reach, y - reach // 2, x + reach, y + reach // 2), 255)
+            pen.ellipse((x - reach, y - reach // 2, x + reach, y + reach // 2), 255)
 
 
 MOTIFS: Sequence[Motif] = (_lines, _lines, _lines, _rectangles, _letters, _shapes)
