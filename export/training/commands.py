@@ -139,7 +139,9 @@ def _load_footage(
     "--minutes", type=click.FloatRange(min=0, min_open=True),
     help="Wall time the run may take, resumed parts together; ends it before --steps.",
 )  # fmt: skip
-@click.option("--lr", type=float, show_default="4e-4; adversarial: 1e-4", help="Peak learning rate.")
+@click.option(
+    "--lr", type=float, show_default="2e-3; with --init 4e-4; adversarial: 1e-4", help="Peak learning rate."
+)
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
     objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
@@ -159,7 +161,7 @@ def train(
     from export.checkpoint import load_checkpoint
     from export.training.evaluation import Instruments
     from export.training.lpips import NAME, load_lpips
-    from export.training.options import LEARNING_RATES, OPTIMIZERS, SQUARED_WEIGHTS, TEMPORAL_WEIGHTS
+    from export.training.options import OPTIMIZERS, SQUARED_WEIGHTS, TEMPORAL_WEIGHTS, default_lr
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
@@ -196,7 +198,7 @@ def train(
         discriminator_lr=discriminator_lr,
         photo_share=photo_share, widths=widths, steps=steps,
         minutes=minutes, batch=batch, patch=patch,
-        lr=LEARNING_RATES[objective] if lr is None else lr, warmup=warmup, seed=seed,
+        lr=default_lr(objective, fresh=not init) if lr is None else lr, warmup=warmup, seed=seed,
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip

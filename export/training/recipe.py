@@ -13,7 +13,7 @@ from export.errors import ExportError
 from export.network import WIDTHS
 from export.training.evaluation import Instruments
 from export.training.footage import Clip
-from export.training.options import OPTIMIZERS, SQUARED_WEIGHTS, TrainOptions
+from export.training.options import FRESH_LEARNING_RATE, OPTIMIZERS, SQUARED_WEIGHTS, TrainOptions
 from export.training.perceptual import DistilledVgg
 from export.training.prune import SparseTrainer, find_groups, finish
 from export.training.selection import watched
@@ -57,7 +57,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("trunk", "baseline_trunk", 0.22),
+    Stage("trunk", "baseline_trunk", 0.22, lr=FRESH_LEARNING_RATE),
     Stage("baseline", "baseline", 0.23, start="trunk", delivers="mst_gan_baseline"),
     Stage("sparse", "baseline", 0.10, start="baseline", prunes_to="pruned", lr=1e-4, warmup=100),
     Stage(
@@ -68,8 +68,13 @@ STAGES = (
         "perceptual", "pruned", 0.15, objective="adversarial", start="pruned", lr=1e-4, warmup=100,
         temporal_weight=0.5, validate_every=500, delivers="mst_gan_pruned_gan",
     ),
-    Stage("compact", "compact", 0.08, teacher="pruned", delivers="mst_gan_compact"),
-    Stage("student", "student", 0.12, teacher="pruned", temporal_weight=0.2, delivers="mst_gan_student"),
+    Stage(
+        "compact", "compact", 0.08, teacher="pruned", lr=FRESH_LEARNING_RATE, delivers="mst_gan_compact",
+    ),
+    Stage(
+        "student", "student", 0.12, teacher="pruned", lr=FRESH_LEARNING_RATE, temporal_weight=0.2,
+        delivers="mst_gan_student",
+    ),
 )  # fmt: skip
 """What follows what, and for how long. The shares are judged from published runs, not tuned here: fidelity
 takes long to learn, and most of what a discriminator gives it gives early. The baseline's detail enhancement
