@@ -95,7 +95,7 @@ class _Segment:
 def bicubic(lr_window: Tensor) -> Tensor:
     """The centre frame upscaled by Keys' cubic: what every score is compared with."""
     centre = lr_window[:, MARGIN].permute(0, 3, 1, 2).float() / 255
-    return PixelShuffle()(grey_levels(BicubicSubpixels(CHANNELS, SCALE)(centre)))
+    return PixelShuffle()(grey_levels(BicubicSubpixels(CHANNELS, SCALE).to(centre.device)(centre)))
 
 
 def single(network: Upscale) -> Upscale:
