@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,16 +11,32 @@ from PIL import Image, ImageDraw
 
 from export.training import drawings
 from export.training.drawings import CANVAS, MOTIFS, SIDE, draw, draw_all
+from export.training.footage import Clip
 from export.training.windows import WindowSampler
 
 
-def test_a_drawing_is_a_photo_and_always_the_same() -> None:
-    few = draw_all(3)
+def test_a_drawing_is_a_photo_and_always_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = draw_all(3, tmp_path / "new")
     assert [clip.segments.shape for clip in few] == [(1, 1, SIDE, SIDE, 3)] * 3
     assert all(clip.segments.dtype == np.uint8 for clip in few)
     assert len({clip.segments.tobytes() for clip in few}) == 3
-    assert np.array_equal(draw_all(2)[1].segments, few[1].segments)
-    assert draw_all(0) == []
+    assert np.array_equal(draw_all(2, tmp_path)[1].segments, few[1].segments)
+    assert draw_all(0, tmp_path) == []
+    monkeypatch.setattr(drawings, "draw", None)  # what was drawn once is not drawn again
+    assert np.array_equal(draw_all(3, tmp_path / "new")[2].segments, few[2].segments)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_drawings_have_their_share_however_many_they_are(tmp_path: Path) -> None:
+    photos = [Clip("photo", np.zeros((1, 1, 128, 128, 3), np.uint8))] * 2
+    for count in (1, 5):
+        stills = [*photos, *draw_all(count, tmp_path, photos=2)]
+        drawn = [
+            window.photo
+            for step in range(40)
+            for window in WindowSampler(photos, stills, patch=64, photo_share=1.0, seed=0).draw(step, 10)[1]
+        ]
+        assert (np.array(drawn) >= 2).mean() == pytest.approx(drawings.SHARE, abs=0.08)
 
 
 def test_every_drawing_has_something_to_learn() -> None:
@@ -43,8 +61,9 @@ def test_lines_are_smooth_edged_and_thin_ones_are_there() -> None:
     assert max(fine) > 0.2  # of finer than 16 hr pixels
 
 
-def test_drawings_are_moved_as_photos_are_and_some_not_at_all() -> None:
-    batch = WindowSampler(draw_all(1), draw_all(2), patch=64, photo_share=1.0, seed=0).batch(0, 24)
+def test_drawings_are_moved_as_photos_are_and_some_not_at_all(tmp_path: Path) -> None:
+    stills = draw_all(2, tmp_path)
+    batch = WindowSampler(stills, stills, patch=64, photo_share=1.0, seed=0).batch(0, 24)
     assert batch.hr_windows.shape == (24, 3, 3, 64, 64)
     before, centre, after = batch.hr_windows.unbind(1)
     stands = (before == centre).flatten(1).all(1) & (after == centre).flatten(1).all(1)

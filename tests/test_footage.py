@@ -13,6 +13,7 @@ from PIL import Image
 from export.errors import ExportError
 from export.sample import sample_clip
 from export.training.footage import SEGMENT, Clip, load_folder
+from export.training.held import HeldFootage
 from export.training.windows import WindowSampler
 
 
@@ -84,15 +85,28 @@ def noise_clip(name: str, frames: int, side: int) -> Clip:
 
 
 def test_held_footage_gives_the_same_batches() -> None:
+    """Mirrored, turned, reversed, at both strides, and photos under a camera: all by where to look."""
     clips, photos = [noise_clip("a", 7, 80), noise_clip("bb", 7, 96)], [noise_clip("p", 1, 160)]
+    sampler = WindowSampler(clips, photos, patch=64, photo_share=0.3, seed=3)
+    held = HeldFootage(sampler, torch.device("cpu"))
+    for length in (3, 5):
+        for step in range(12):
+            located = held.locate(sampler.draw(step, 7, length), length)
+            for a, b in zip(sampler.batch(step, 7, length), held.cut(located), strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True)
 
-    def sampler(device: torch.device | None) -> WindowSampler:
-        return WindowSampler(clips, photos, patch=64, photo_share=0.5, seed=3, device=device)
 
-    from_disk, held = sampler(None), sampler(torch.device("cpu"))
-    for step in range(3):
-        for a, b in zip(from_disk.batch(step, 6), held.batch(step, 6), strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True)
+@pytest.mark.parametrize(("share", "counts"), [(0, {0}), (0.3, {2, 3}), (1, {7})])
+def test_what_is_drawn_has_few_shapes(share: float, counts: set[int]) -> None:
+    """A GPU records a step for each."""
+    sampler = WindowSampler(
+        [noise_clip("a", 7, 80)], [noise_clip("p", 1, 160)], patch=64, photo_share=share, seed=3
+    )
+    held = HeldFootage(sampler, torch.device("cpu"))
+    found = [held.locate(sampler.draw(step, 7), 3) for step in range(50)]
+    assert {len(located.photos) for located in found} == counts
+    assert np.mean([len(located.photos) for located in found]) == pytest.approx(7 * share, abs=0.3)
+    assert held.cut(found[0]).hr_windows.shape == (7, 3, 3, 64, 64)
 
 
 def test_of_a_few_crops_the_sharpest_is_taken() -> None:
@@ -106,7 +120,6 @@ def test_of_a_few_crops_the_sharpest_is_taken() -> None:
 
 def test_footage_larger_than_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    sampler = WindowSampler([noise_clip("a", 7, 80)], [], patch=64, photo_share=0, seed=0)
     with pytest.raises(ExportError, match=r"expected footage of at most 0\.0 GB to hold on cuda, found"):
-        WindowSampler(
-            [noise_clip("a", 7, 80)], [], patch=64, photo_share=0, seed=0, device=torch.device("cuda")
-        )
+        HeldFootage(sampler, torch.device("cuda"))

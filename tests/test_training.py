@@ -175,16 +175,6 @@ def test_long_crops_are_windows_in_a_row(footage: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(back @ to_next, torch.eye(3), atol=1e-5, rtol=0)
 
 
-def test_held_footage_gives_the_same_batches(footage: Path, tmp_path: Path) -> None:
-    clips = load_folder(footage, tmp_path, min_side=64)
-    from_disk, held = (
-        WindowSampler(clips, [], patch=64, photo_share=0, seed=1, device=device)
-        for device in (None, torch.device("cpu"))
-    )
-    assert held.held
-    assert torch.equal(from_disk.batch(3, 4, 5).hr_windows, held.batch(3, 4, 5).hr_windows)
-
-
 def test_downscale_equals_pillow() -> None:
     picture = np.random.default_rng(0).random((64, 96), dtype=np.float32)
     expected = Image.fromarray(picture, mode="F").resize((24, 16), Image.Resampling.BICUBIC)

@@ -43,7 +43,7 @@ def _footage_options(command: Callable[..., None]) -> Callable[..., None]:
             "--cache", type=click.Path(path_type=Path), default=BUILD / "footage", help="Decoded footage."
         ),
         click.option(
-            "--drawings", default=256, help="So many drawings of lines, letters and shapes beside the photos."
+            "--drawings", default=2048, help="So many drawings of lines, letters and shapes, as photos."
         ),
         click.option("--photo-share", default=0.4, help="Of the windows, taken from photos and drawings."),
         click.option("--seed", default=0),
@@ -95,7 +95,7 @@ def _load_footage(
     held_back = load_folder(clips, cache, min_side=patch, names=names)
     training = [clip for clip in load_folder(clips, cache, min_side=patch) if clip.name not in names]
     stills = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
-    return training, [*stills, *draw_all(drawings)], held_back
+    return training, [*stills, *draw_all(drawings, cache, len(stills))], held_back
 
 
 @click.command()

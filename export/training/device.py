@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 _Network = TypeVar("_Network", bound=nn.Module)
+_Tensors = TypeVar("_Tensors", bound=NamedTuple)
 
 
 def find_device() -> torch.device:
@@ -19,3 +20,8 @@ def placed(network: _Network, device: torch.device) -> _Network:
     """On the device, in the layout its convolutions are fastest in."""
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     return network
+
+
+def placed_all(tensors: _Tensors, device: torch.device) -> _Tensors:
+    """A named tuple of tensors, on the device."""
+    return type(tensors)(*(tensor.to(device) for tensor in tensors))

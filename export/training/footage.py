@@ -41,6 +41,8 @@ class Clip:
 
     name: str
     segments: Segments
+    weight: float = 1.0
+    """How often it is drawn, over another of its kind."""
 
 
 def truth_factor(short_side: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,39 @@ NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of Jordan's quintic
 ITERATIONS = 5
 RMS = 0.2  # of an update over the learning rate, as Adam's: what suits one suits the other
 BETAS = 0.9, 0.99
+DEVICE_SETTINGS = "lr", "capturable"  # of a group, as the device wants them
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam as all training here uses it."""
-    return torch.optim.Adam(parameters, lr=lr, betas=BETAS, fused=True)
+    """Adam as all training here uses it; on a GPU its steps can be recorded."""
+    parameters = list(parameters)
+    is_cuda = any(parameter.is_cuda for parameter in parameters)
+    return torch.optim.Adam(parameters, lr=_rate(parameters, lr), betas=BETAS, fused=True, capturable=is_cuda)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)  # where recorded steps look for it
+        else:
+            group["lr"] = lr
+
+
+def resume(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load ``state``, which another kind of device may have left."""
+    kept = [
+        {name: group[name] for name in group if name in DEVICE_SETTINGS} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
+
+
+def _rate(parameters: Sequence[nn.Parameter], lr: float) -> float | Tensor:
+    """On a GPU a number in its memory, which recorded steps read anew."""
+    device = next((parameter.device for parameter in parameters if parameter.is_cuda), None)
+    return torch.tensor(lr, device=device) if device else lr
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         parameters = list(parameters)
-        super().__init__(parameters, {"lr": lr})
+        super().__init__(parameters, {"lr": _rate(parameters, lr)})
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in parameters:
             if parameter.ndim > 1:
@@ -52,7 +80,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonal(torch.stack([self._momentum(*pair) for pair in moving.items()]))
                 step = lr * RMS * math.sqrt(max(updates.shape[1:]))
                 for kernel, update in zip(moving, updates, strict=True):
-                    kernel.sub_(update.view(kernel.shape), alpha=step)
+                    kernel.sub_(step * update.view(kernel.shape))
 
     def _momentum(self, kernel: nn.Parameter, gradient: Tensor) -> Tensor:
         """Nesterov's, as a matrix."""
@@ -70,7 +98,7 @@ class Muon(torch.optim.Optimizer):
         """Of both."""
         own = {name: state_dict[name] for name in ("state", "param_groups")}
         super().load_state_dict(own)
-        self.adam.load_state_dict(state_dict["adam"])
+        resume(self.adam, state_dict["adam"])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -202,6 +202,11 @@ class SparseTrainer(Trainer):
         self.optimizer.register_step_pre_hook(lambda *_: self._weigh())
         self.optimizer.register_step_post_hook(lambda *_: self._shrink())
 
+    @property
+    def can_record(self) -> bool:
+        """No: how much channels shrink is a number of the host, another one in each step."""
+        return False
+
     def _resume_importance(self) -> None:
         path = self.out / IMPORTANCE_FILE
         found = load_file(path, device=str(self.device)) if path.exists() else {}

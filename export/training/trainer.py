@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,18 +23,20 @@ from export.errors import ExportError
 from export.network import WIDTHS, MstGan
 from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.adversarial import Adversary
-from export.training.device import find_device, placed
+from export.training.device import find_device, placed, placed_all
 from export.training.evaluation import Instruments, Score, evaluate, mean
 from export.training.footage import Clip
 from export.training.grow import grow
+from export.training.held import HeldFootage
 from export.training.imitation import Imitation
 from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
-from export.training.optimizer import OPTIMIZERS
+from export.training.optimizer import OPTIMIZERS, resume, set_rate
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
+from export.training.recorded import RecordedUpdate, located_from
 from export.training.run_log import RunLog
 from export.training.selection import Selection, watched
-from export.training.windows import Batch, WindowSampler, downscale, windowed
+from export.training.windows import Batch, WindowSampler, batches_from, downscale, windowed
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class Trainer:
         self.optimizer = OPTIMIZERS[options.optimizer](learned, options.lr)
         self.sampler = WindowSampler(
             clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
-            device=self.device if options.hold and self.device.type == "cuda" else None,
         )  # fmt: skip
+        is_held = options.hold and self.device.type == "cuda"
+        self.footage = HeldFootage(self.sampler, self.device) if is_held else None
         self.adversary: Adversary | None = None
         self.selection: Selection | None = None
         if options.objective == "adversarial":
@@ -141,7 +143,7 @@ class Trainer:
             )
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        resume(self.optimizer, state["optimizer"])
         if self.imitation:
             self.imitation.adapters.load_state_dict(state["adapters"])
         if self.adversary and self.selection:
@@ -160,8 +162,10 @@ class Trainer:
         """Write the state, then the averaged weights.
 
         Raises:
-            ExportError: the disk is full, say; the previous file is intact.
+            ExportError: the disk is full, say, or a weight is no number; the previous file is intact.
         """
+        weights = [weight.detach().sum() for weight in self.network.parameters()]
+        self._require_finite(torch.stack(weights).sum(), "sum of weights")
         partial = self.out / f"{STATE_FILE}.part"
         state = {
             "widths": self.options.widths,
@@ -258,32 +262,75 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update; raises ExportError when the loss stops being a number."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        set_rate(self.optimizer, self.learning_rate(self.step))
         total, parts = self.loss(batch)
         # Here a step waits for the device. Not later: the backward pass of a warp by a flow that is not a
         # number reads memory that is not its own.
         self._require_finite(total)
         reported = {name: float(value) for name, value in parts.items()}
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
-        self.optimizer.step()
+        self._descend(total)
         if self.adversary:
             rate = self.options.discriminator_lr * self.learning_rate(self.step)
             loss = self.adversary.learn(rate)
             self._require_finite(loss)
             reported["discriminator"] = float(loss)
+        self._count_step()
+        return reported
+
+    def _descend(self, total: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
+        self.optimizer.step()
+
+    def _count_step(self) -> None:
         self.step += 1
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         averages, currents = tuple(self.ema.parameters()), tuple(self.network.parameters())
         get_ema_multi_avg_fn(decay)(averages, currents, None)
-        return reported
 
-    def _require_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
+    def _update(self, batch: Batch) -> dict[str, Tensor]:
+        """The part of a step that can be recorded: nothing in it looks at a number."""
+        total, parts = self.loss(batch)
+        self._descend(total)
+        return {"total": total.detach(), **parts}
+
+    def _steps(self) -> Generator[dict[str, float]]:
+        """Take steps for ever; after each comes what is to be logged, if anything."""
+        o = self.options
+        if self.footage and self.can_record:
+            yield from self._recorded_steps(self.footage)
+        elif self.footage:
+            for located in located_from(self.step, self.footage, o.batch, self.length):
+                yield self.train_step(self.footage.cut(placed_all(located, self.device)))
+        else:
+            for batch in batches_from(self.step, self.sampler, o.batch, self.length):
+                yield self.train_step(placed_all(batch, self.device))
+
+    def _recorded_steps(self, footage: HeldFootage) -> Iterator[dict[str, float]]:
+        """As ``train_step``, but the device is waited for only where a row of the log is due."""
+        update, sums = RecordedUpdate(self._update, footage), dict[str, Tensor]()
+        for located in located_from(self.step, footage, self.options.batch, self.length):
+            set_rate(self.optimizer, self.learning_rate(self.step))
+            for name, value in update(located).items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+            self._count_step()
+            if self.step % LOG_EVERY:
+                yield {}
+                continue
+            self._require_finite(sums.pop("total"))
+            yield {name: float(value) / LOG_EVERY for name, value in sums.items()}
+            sums.clear()
+
+    @property
+    def can_record(self) -> bool:
+        """Whether a step can be a CUDA graph: not with a discriminator, nor where a flow is learned."""
+        return not self.adversary and not self.network.widths.flow
+
+    def _require_finite(self, value: Tensor, what: str = "loss") -> None:
+        if not torch.isfinite(value):
             raise ExportError(
-                f"expected a finite loss, found {loss.item()} at step {self.step}; the last good state is "
+                f"expected a finite {what}, found {value.item()} at step {self.step}; the last good state is "
                 f"in {self.out}: lower --lr and start again to resume from it"
             )
 
@@ -319,23 +366,19 @@ class Trainer:
         Validation and saving count against the budget of time, but for those after the last step.
         """
         o = self.options
-        with (
-            RunLog(self.out / LOG_FILE, self.progress(self.step)) as run_log,
-            ThreadPoolExecutor(1) as loader,
-        ):
-            pending = loader.submit(self.sampler.batch, self.step, o.batch, self.length)
+        with RunLog(self.out / LOG_FILE, self.progress(self.step)) as run_log:
             spent_before, began = self.spent_s, monotonic()
             row_step, row_s = self.step, self.spent_s
             if self.selection and not self.selection.start:
                 run_log.write({"step": self.step, **self._watch()})
+            steps = self._steps()
             try:
                 while self.progress(self.step) < 1:
-                    batch = Batch(*(tensor.to(self.device) for tensor in pending.result()))
-                    pending = loader.submit(self.sampler.batch, self.step + 1, o.batch, self.length)
-                    parts = self.train_step(batch)
+                    parts = next(steps)
                     self.spent_s = spent_before + monotonic() - began
                     progress = self.progress(self.step)
-                    run_log.add(parts, progress)
+                    if parts:
+                        run_log.add(parts, progress)
                     if self.step % LOG_EVERY and progress < 1:
                         continue
                     row: dict[str, float | None] = {
@@ -351,6 +394,8 @@ class Trainer:
                     row_step, row_s = self.step, self.spent_s
             except KeyboardInterrupt:
                 log.info("interrupted at step %d; the same command goes on from here", self.step)
+            finally:
+                steps.close()
             self.save()
             if self.selection and not self.selection.best_step and self.progress(self.step) >= 1:
                 log.warning(

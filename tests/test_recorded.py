@@ -1,0 +1,184 @@
+"""Steps as a GPU takes them: footage held there, drawn by other processes, recorded once and replayed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from export.errors import ExportError
+from export.training import recorded, trainer
+from export.training.footage import Clip
+from export.training.held import HeldFootage, Located
+from export.training.recorded import RecordedUpdate, located_from
+from export.training.trainer import Trainer, TrainOptions
+from export.training.windows import Batch, WindowSampler
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clips() -> list[Clip]:
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 255, (1, 7, 12, 12, 3)).repeat(8, 2).repeat(8, 3)
+    return [Clip("blocks", smooth.astype(np.uint8))]
+
+
+@pytest.fixture
+def photos(clips: list[Clip]) -> list[Clip]:
+    return [Clip("block", clips[0].segments[:, :1])]
+
+
+def options(**changes: object) -> TrainOptions:
+    small = {"widths": "student", "steps": 6, "batch": 2, "patch": 64, "warmup": 2, "bf16": False}
+    return TrainOptions(**{**small, **changes})  # type: ignore[arg-type]
+
+
+def held(run: Trainer) -> Trainer:
+    run.footage = HeldFootage(run.sampler, CPU)
+    return run
+
+
+class Unrecorded:
+    """What a GPU would replay, done."""
+
+    def __init__(self, update: recorded.Update, footage: HeldFootage) -> None:
+        self.update, self.footage = update, footage
+
+    def __call__(self, located: Located) -> dict[str, Tensor]:
+        return self.update(self.footage.cut(located))
+
+
+@pytest.fixture
+def unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "RecordedUpdate", Unrecorded)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 3)
+
+
+@pytest.mark.usefixtures("unrecorded")
+def test_recorded_steps_are_the_same_steps(clips: list[Clip], photos: list[Clip], tmp_path: Path) -> None:
+    Trainer(options(), clips, photos, clips, tmp_path / "steps").run()
+    held(Trainer(options(), clips, photos, clips, tmp_path / "recorded")).run()
+    steps, replayed = (load_file(tmp_path / name / "ema.safetensors") for name in ("steps", "recorded"))
+    assert all(torch.equal(steps[name], replayed[name]) for name in steps)
+    logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("steps", "recorded")]
+    assert [row["step"] for row in logs[1]] == ["3", "6"]
+    for row, same in zip(*logs, strict=True):
+        assert float(row["pixel"]) == pytest.approx(float(same["pixel"]), rel=1e-5)
+        assert row["gain_db"] == same["gain_db"]
+
+
+@pytest.mark.usefixtures("unrecorded")
+def test_a_loss_that_is_no_number_stops_at_the_next_row_and_nothing_is_saved(
+    clips: list[Clip], photos: list[Clip], tmp_path: Path
+) -> None:
+    run = held(Trainer(options(), clips, photos, clips, tmp_path / "run"))
+    run.network.generator.tail.bias.data.fill_(torch.nan)
+    with pytest.raises(ExportError, match="expected a finite loss, found nan at step 3"):
+        run.run()
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+@pytest.mark.usefixtures("unrecorded")
+def test_nor_where_time_ends_between_two_rows(clips: list[Clip], photos: list[Clip], tmp_path: Path) -> None:
+    run = held(Trainer(options(steps=2), clips, photos, clips, tmp_path / "run"))
+    run.network.generator.tail.bias.data.fill_(torch.nan)
+    run._watch = lambda: {}  # type: ignore[method-assign]
+    with pytest.raises(ExportError, match="expected a finite sum of weights, found nan at step 2"):
+        run.run()
+    assert not (tmp_path / "run" / "ema.safetensors").exists()
+
+
+def test_learned_flow_and_discriminators_are_not_recorded(
+    clips: list[Clip], photos: list[Clip], tmp_path: Path
+) -> None:
+    run = Trainer(options(), clips, photos, clips, tmp_path / "run")
+    assert run.can_record
+    run.adversary = SimpleNamespace()  # type: ignore[assignment]
+    assert not run.can_record
+
+
+def test_other_processes_draw_in_order(clips: list[Clip], photos: list[Clip]) -> None:
+    sampler = WindowSampler(clips, photos, patch=64, photo_share=0.5, seed=1)
+    footage = HeldFootage(sampler, CPU)
+    found = located_from(5, footage, size=2, length=3)
+    for step in range(5, 12):
+        for mine, theirs in zip(footage.locate(sampler.draw(step, 2), 3), next(found), strict=True):
+            torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_one_record_per_shape_after_a_warm_up(
+    clips: list[Clip], photos: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a graph that does again what was done while it was recorded."""
+    done: list[tuple[str, float]] = []
+    footage = HeldFootage(WindowSampler(clips, photos, patch=64, photo_share=0.5, seed=1), CPU)
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool"
+
+        def replay(self) -> None:
+            _, inputs, answers = next(r for r in update.records.values() if r[0] is self)
+            answers["mean"].copy_(step(footage.cut(inputs), "replayed")["mean"])
+
+    @contextmanager
+    def graph(graph: Graph, pool: str | None) -> Iterator[None]:
+        assert pool == ("pool" if update.records else None)
+        yield
+
+    def step(batch: Batch, how: str = "run") -> dict[str, Tensor]:
+        done.append((how, float(batch.hr_windows.mean())))
+        return {"mean": batch.hr_windows.mean()}
+
+    for name, stand_in in {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: graph_of_nothing(),
+        "CUDAGraph": Graph,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    update = RecordedUpdate(step, footage)
+    found, expected = [], []
+    for number in range(12):
+        located = footage.locate(footage.sampler.draw(number, 3), 3)
+        expected.append(float(footage.cut(located).hr_windows.mean()))
+        found.append(float(update(located)["mean"]))
+    assert found == expected
+    assert len(update.records) == 2  # one or two photos among three windows
+    hows = [how for how, _ in done]
+    assert hows.count("run") == recorded.WARM_UP + 2  # what is recorded is traced once
+    assert hows.count("replayed") == 12 - recorded.WARM_UP
+
+
+@contextmanager
+def graph_of_nothing() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to record on")
+def test_on_a_gpu_what_is_replayed_is_what_was_recorded(
+    clips: list[Clip], photos: list[Clip], tmp_path: Path
+) -> None:
+    """The very weights, on an H200 with torch 2.11 after 150 steps."""
+    torch.backends.cudnn.deterministic = True
+    steps = Trainer(options(steps=50), clips, photos, clips, tmp_path / "steps")
+    assert steps.footage
+    for located in located_from(0, steps.footage, 2, 3):
+        if steps.step == 50:
+            break
+        steps.train_step(steps.footage.cut(Located(*(part.cuda() for part in located))))
+    replayed = Trainer(options(steps=50), clips, photos, clips, tmp_path / "replayed")
+    replayed.run()
+    for mine, theirs in zip(steps.ema.parameters(), replayed.ema.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
