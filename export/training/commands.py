@@ -119,14 +119,14 @@ def _load_footage(
 @click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
 @click.option("--hint-weight", default=0.01, help="Of its features, within the teacher's weight.")
 @click.option(
-    "--temporal-weight", type=float, show_default="0; adversarial: 0.5",
+    "--temporal-weight", type=float, show_default="0; adversarial: 5",
     help="Of flicker between consecutive answers.",
 )  # fmt: skip
 @click.option(
     "--perceptual", type=click.Path(path_type=Path),
     help="Weights of VGG19 distilled to a sixteenth, for the perceptual loss of --objective adversarial.",
 )  # fmt: skip
-@click.option("--perceptual-weight", default=1.0, help="Of the perceptual loss.")
+@click.option("--perceptual-weight", default=20.0, help="Of the perceptual loss.")
 @click.option("--adversarial-weight", default=0.01, help="Of the discriminator's score.")
 @click.option("--discriminator-lr", default=1.0, help="Its learning rate over that of the generator.")
 @click.option(
@@ -140,7 +140,7 @@ def _load_footage(
     help="Wall time the run may take, resumed parts together; ends it before --steps.",
 )  # fmt: skip
 @click.option(
-    "--lr", type=float, show_default="2e-3; with --init 4e-4; adversarial: 1e-4", help="Peak learning rate."
+    "--lr", type=float, show_default="2e-3; with --init 4e-4; adversarial: 3e-4", help="Peak learning rate."
 )
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 1e-4}
+LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 3e-4}
 FRESH_LEARNING_RATE = 2e-3
 """Of untrained weights: what 250 steps of Muon taught `compact` was most at 4e-3; 1e-2 was too much."""
 OPTIMIZERS = {"fidelity": "muon", "adversarial": "adam"}
 SQUARED_WEIGHTS = {"fidelity": 30.0, "adversarial": 0.0}
-TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 0.5}
+TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 5.0}
 
 
 def default_lr(objective: str, fresh: bool) -> float:
@@ -57,7 +57,7 @@ class TrainOptions:
     """Of the distance to the teacher's features, within what is learned from it: its answer counts."""
     temporal_weight: float = 0.0
     """Of the temporal loss, see ``losses.temporal_loss``; above 0, crops are five frames long."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = 20.0
     """Of the perceptual distance to the truth, 0.02 for bicubic; used with the adversarial objective."""
     adversarial_weight: float = 0.01
     """Of the discriminator's score; used with the adversarial objective."""
