@@ -71,6 +71,6 @@ class TrainOptions:
     compile: bool = False
     """By ``torch.compile``: minutes at the start, for less time per step."""
     hold: bool = True
-    """On a GPU, hold all footage in its memory."""
+    """On a GPU, hold all footage in its memory, and where it can be, record a step and replay it."""
     validate_every: int = 1000
     validation_segments: int = 1

@@ -343,10 +343,6 @@ class Trainer:
         )  # fmt: skip
         return score
 
-    def validate(self) -> float:
-        """Mean PSNR-Y gain over bicubic, in dB, of the averaged weights."""
-        return self.score().gain_db
-
     def _watch(self) -> dict[str, float | None]:
         """Score, keep the averaged weights if they are the best so far, and tell the log's columns."""
         score = self.score()
