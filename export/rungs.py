@@ -55,10 +55,10 @@ PLANS = (
 )  # fmt: skip
 """Graphs that TensorRT compiles: stage, and precision where there is a choice."""
 
-INT8_BUDGET_DB = 0.1
-"""What all quantised layers together may cost, by the sensitivity table: as much as the tolerance allows. A
-layer in float costs more than it saves: the pruned network's two noisiest, of 87, took 33 of 143 ms (320x180,
-one thread, 2026-11-25), and lost no less on real frames."""
+INT8_BUDGET_DB = 0.15
+"""What all quantised layers together may cost by the sensitivity table: half as much again as the tolerance
+allows, for the table overrates it. A layer in float costs more than it saves: with its noisiest in float the
+pruned network took 118 ms in place of 105, and lost 0.056 dB in place of 0.058 (`make export`, 2026-11-27)."""
 SENSITIVITY_FRAME = 100  # of the sample clip: neither calibrated on nor judged on
 
 
