@@ -58,7 +58,7 @@ PLANS = (
 INT8_BUDGET_DB = 0.15
 """What all quantised layers together may cost by the sensitivity table: half as much again as the tolerance
 allows, for the table overrates it. A layer in float costs more than it saves: with its noisiest in float the
-pruned network took 118 ms in place of 105, and lost 0.056 dB in place of 0.058 (`make export`, 2026-11-27)."""
+pruned network took 118 ms in place of 105 and lost 0.056 dB in place of 0.058 (`make export`, 2026-11-27)."""
 SENSITIVITY_FRAME = 100  # of the sample clip: neither calibrated on nor judged on
 
 
