@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.errors import ExportError
 from export.training import recorded, trainer
+from export.training.device import placed_all
 from export.training.footage import Clip
 from export.training.held import HeldFootage, Located
 from export.training.recorded import RecordedUpdate, located_from
@@ -142,7 +143,7 @@ def test_one_record_per_shape_after_a_warm_up(
     for name, stand_in in {
         "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-        "stream": lambda stream: graph_of_nothing(),
+        "stream": lambda stream: nullcontext(),
         "CUDAGraph": Graph,
         "graph": graph,
     }.items():
@@ -161,11 +162,6 @@ def test_one_record_per_shape_after_a_warm_up(
     assert hows.count("replayed") == 12 - recorded.WARM_UP
 
 
-@contextmanager
-def graph_of_nothing() -> Iterator[None]:
-    yield
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to record on")
 def test_on_a_gpu_what_is_replayed_is_what_was_recorded(
     clips: list[Clip], photos: list[Clip], tmp_path: Path
@@ -177,7 +173,7 @@ def test_on_a_gpu_what_is_replayed_is_what_was_recorded(
     for located in located_from(0, steps.footage, 2, 3):
         if steps.step == 50:
             break
-        steps.train_step(steps.footage.cut(Located(*(part.cuda() for part in located))))
+        steps.train_step(steps.footage.cut(placed_all(located, steps.device)))
     replayed = Trainer(options(steps=50), clips, photos, clips, tmp_path / "replayed")
     replayed.run()
     for mine, theirs in zip(steps.ema.parameters(), replayed.ema.parameters(), strict=True):

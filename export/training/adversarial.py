@@ -13,6 +13,7 @@ from export.network.bicubic import BicubicSubpixels
 from export.spec import CHANNELS, SCALE
 from export.training.device import placed
 from export.training.discriminator import FRAMES, Discriminator
+from export.training.optimizer import set_rate
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
 
@@ -81,8 +82,7 @@ class Adversary:
             fake = self.discriminator(_noisy(answers, sigma, noise), bicubic)
         loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         return loss.detach()
 

@@ -69,12 +69,13 @@ class HeldFootage:
             index = len(self.sampler.clips) + p.photo
             _, row, column = _steps(self.sampler.photos[p.photo].segments.shape)
             first = self.starts[index] + p.y * row + p.x * column
-            cutouts.append(_turned(first, row, column, side, p.mirrored, p.quarter_turns))
-        no_camera = np.empty((0, length, 3, 3), np.float32)
+            first, row, column = _turned(first, row, column, side, p.mirrored, p.quarter_turns)
+            cutouts.append((first, 0, row, column))
+        cameras = np.array([p.camera for p in photos], np.float32).reshape(-1, length, 3, 3)
         return Located(
             torch.tensor(places, dtype=torch.int64).view(-1, 4),
-            torch.tensor([(first, 0, *steps) for first, *steps in cutouts], dtype=torch.int64).view(-1, 4),
-            torch.from_numpy(np.stack([p.camera for p in photos]) if photos else no_camera),
+            torch.tensor(cutouts, dtype=torch.int64).view(-1, 4),
+            torch.from_numpy(cameras),
             known_motion(drawn, length),
         )
 
