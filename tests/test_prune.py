@@ -26,7 +26,7 @@ from export.training.trainer import Trainer, TrainOptions
 
 WIDE = replace(
     TINY, name="wide", flow=16, encoder_inner=(12, 16, 20, 24),
-    context_inner=16, detail_inner=12, up=16,
+    context_inner=16, detail_inner=(12,), up=16,
 )  # fmt: skip
 PLANTED = 5
 

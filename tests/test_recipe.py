@@ -21,7 +21,7 @@ from export.training.perceptual import DistilledVgg
 from export.training.recipe import RESERVE, STAGES, planned
 from export.training.trainer import Trainer
 
-WIDE = replace(TINY, name="baseline", detail_inner=16, context_inner=16)
+WIDE = replace(TINY, name="baseline", detail_inner=(16,), context_inner=16)
 STEPS = 2
 
 
@@ -29,10 +29,10 @@ STEPS = 2
 def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VSR_DEBUG", raising=False)
     for name, widths in (
-        ("baseline_trunk", replace(LIGHT, detail_inner=16)),
+        ("baseline_trunk", replace(LIGHT, detail_inner=(16,))),
         ("pruned", TINY),
         ("compact", LIGHT),
-        ("student", replace(LIGHT, detail_blocks=2)),
+        ("student", replace(LIGHT, detail_inner=(8, 8))),
     ):
         monkeypatch.setitem(WIDTHS, name, replace(widths, name=name))
     monkeypatch.setitem(WIDTHS, WIDE.name, WIDE)

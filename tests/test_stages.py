@@ -54,9 +54,9 @@ def options(**changes: object) -> TrainOptions:
     "widths",
     [
         LIGHT,
-        replace(LIGHT, detail_inner=16, detail_blocks=3),
-        replace(TINY, detail_inner=16),
-        replace(TINY, detail=24, detail_inner=16, detail_blocks=2),
+        replace(LIGHT, detail_inner=(16, 8, 8)),
+        replace(TINY, detail_inner=(16,)),
+        replace(TINY, detail=24, detail_inner=(16, 16)),
     ],
 )
 def test_a_grown_network_answers_as_before(widths: Widths) -> None:

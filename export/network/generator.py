@@ -32,9 +32,7 @@ class Generator(nn.Module):
         detail = widths.detail
         self.full = conv3x3(ALIGNED.dims[0], detail)
         self.join = nn.Conv2d(sources * detail, detail, 1)
-        self.detail = nn.Sequential(
-            *(ResidualBlock(detail, widths.detail_inner) for _ in range(widths.detail_blocks))
-        )
+        self.detail = nn.Sequential(*(ResidualBlock(detail, inner) for inner in widths.detail_inner))
         self.tail = zeroed(conv3x3(detail, CHANNELS * SCALE**2))  # untrained: bicubic
         self.skip = BicubicSubpixels(CHANNELS, SCALE)
 

@@ -17,9 +17,8 @@ class Widths:
     """Hidden channels of a learned correction of the flow, at half resolution; 0: calculus alone."""
     detail: int = 48
     """Trunk channels at full resolution."""
-    detail_inner: int
-    """Inner channels of the residual blocks at full resolution."""
-    detail_blocks: int = 6
+    detail_inner: tuple[int, ...]
+    """Inner channels of the residual blocks at full resolution, one number for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +48,28 @@ BASELINE = PyramidWidths(
     name="baseline",
     encoder_inner=(64, 128, 256, 576),
     context_inner=128,
-    detail_inner=48,
+    detail_inner=(48, 48, 48, 48, 48, 48),
     up=48,
 )
 
 PRUNED = PyramidWidths(
     name="pruned",
-    encoder_inner=(32, 32, 144, 400),
-    context_inner=32,
-    detail_inner=32,
+    encoder_inner=(16, 16, 48, 480),
+    context_inner=16,
+    detail_inner=(32, 32, 32, 32, 48, 48),  # the last two do most: of them nothing goes
     up=16,
 )
 
-COMPACT = Widths(name="compact", detail_inner=32, detail_blocks=4)
+COMPACT = Widths(name="compact", detail_inner=(32, 32, 32, 32))
 """Half the pruned network's work: four blocks of its detail enhancement, without the pyramid."""
 
-STUDENT = Widths(name="student", detail=32, detail_inner=32, detail_blocks=2)
-"""A fifth of the pruned network's work: a network of its own, shallow, that learns from the pruned one."""
+STUDENT = Widths(name="student", detail=32, detail_inner=(32, 32, 32))
+"""A quarter of the pruned network's work: a network of its own, shallow, that learns from the pruned one."""
 
 
 def trunk(widths: PyramidWidths) -> Widths:
     """What is trained first, in half the time: the detail enhancement alone, as a light network."""
-    return Widths(
-        name=f"{widths.name}_trunk",
-        detail=widths.detail,
-        detail_inner=widths.detail_inner,
-        detail_blocks=widths.detail_blocks,
-    )
+    return Widths(name=f"{widths.name}_trunk", detail=widths.detail, detail_inner=widths.detail_inner)
 
 
 WIDTHS = {
