@@ -61,7 +61,7 @@ PRUNED = PyramidWidths(
 )
 
 COMPACT = Widths(name="compact", detail_inner=(32, 32, 32, 32))
-"""Half the pruned network's work: four blocks of its detail enhancement, without the pyramid."""
+"""Half the pruned network's work: four residual blocks as its narrower ones, without the pyramid."""
 
 STUDENT = Widths(name="student", detail=32, detail_inner=(32, 32, 32))
 """A quarter of the pruned network's work: a network of its own, shallow, that learns from the pruned one."""
