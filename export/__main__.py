@@ -11,6 +11,7 @@ import click
 
 from export.errors import ExportError
 from export.folders import BUILD, ROOT
+from export.training.average import average
 from export.training.commands import evaluate, prune, train, train_all
 
 
@@ -161,7 +162,7 @@ def repository(folder: Path) -> None:
     write_configs(folder)
 
 
-for command in (train, prune, train_all, evaluate):
+for command in (train, prune, train_all, average, evaluate):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OBJECTIVES = ("fidelity", "adversarial")
+PIXEL_LOSS_NAMES = ("charbonnier", "mixed", "squared")
 
 # They import what they need when they run, so that --help needs no torch.
 
@@ -119,6 +120,13 @@ def _load_footage(
 @click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
 @click.option("--hint-weight", default=0.01, help="Of its features, within the teacher's weight.")
 @click.option(
+    "--turned-teacher", is_flag=True, help="It sees windows turned at random; its features are not learned."
+)
+@click.option(
+    "--pixel-loss", type=click.Choice(PIXEL_LOSS_NAMES), show_default="mixed; adversarial: charbonnier",
+    help="Between an answer and the truth, or the teacher's answer.",
+)  # fmt: skip
+@click.option(
     "--temporal-weight", type=float, show_default="0; adversarial: 5",
     help="Of flicker between consecutive answers.",
 )  # fmt: skip
@@ -145,6 +153,7 @@ def _load_footage(
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
     objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
+    turned_teacher: bool, pixel_loss: str | None,
     temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
     weights: Path | None, drawings: int, photo_share: float, widths: str, steps: int,
@@ -161,7 +170,7 @@ def train(
     from export.checkpoint import load_checkpoint
     from export.training.evaluation import Instruments
     from export.training.lpips import NAME, load_lpips
-    from export.training.options import OPTIMIZERS, SQUARED_WEIGHTS, TEMPORAL_WEIGHTS, default_lr
+    from export.training.options import OPTIMIZERS, PIXEL_LOSSES, TEMPORAL_WEIGHTS, default_lr
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
@@ -191,8 +200,9 @@ def train(
     distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
     instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
     options = TrainOptions(
-        objective=objective, optimizer=OPTIMIZERS[objective], squared_weight=SQUARED_WEIGHTS[objective],
-        teacher_weight=teacher_weight, hint_weight=hint_weight,
+        objective=objective, optimizer=OPTIMIZERS[objective],
+        pixel_loss=pixel_loss or PIXEL_LOSSES[objective],
+        teacher_weight=teacher_weight, hint_weight=hint_weight, turned_teacher=turned_teacher,
         temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
         perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
         discriminator_lr=discriminator_lr,

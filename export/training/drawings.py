@@ -21,7 +21,7 @@ from export.training.footage import Clip
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.4  # of the windows of stills, where there are photos too
+SHARE = 0.6  # of the windows of stills, where there are photos too; with 0.4 thin lines were unlearned again
 SIDE = 512  # hr pixels
 OVERSAMPLING = 4  # drawn so much larger, then averaged: smooth edges
 CANVAS = SIDE * OVERSAMPLING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from export.network.warp import backward_warp
 from export.spec import CHANNELS, FLOW_STRIDE, SCALE, Size
 
 EPSILON = 1e-3  # Charbonnier's rounding of L1 at zero, in units of the image range
+SQUARED_WEIGHT = 30.0  # of the squared error, beside Charbonnier's distance
 EDGE_SHARPNESS = 10.0  # how fast an image edge excuses a jump of the flow
 MISALIGNED = 0.05  # warp error of lr frames, mean over 3x3 pixels, from which the flow is not believed
 
@@ -21,6 +22,20 @@ MISALIGNED = 0.05  # warp error of lr frames, mean over 3x3 pixels, from which t
 def charbonnier(a: Tensor, b: Tensor) -> Tensor:
     """Mean of sqrt((a - b)^2 + epsilon^2): L1 with a smooth minimum."""
     return torch.sqrt((a - b) ** 2 + EPSILON**2).mean()
+
+
+def mixed(a: Tensor, b: Tensor) -> Tensor:
+    """Charbonnier's distance and the squared error: neither few large errors nor many small ones rule."""
+    return charbonnier(a, b) + SQUARED_WEIGHT * F.mse_loss(a, b)
+
+
+PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "charbonnier": charbonnier,
+    "mixed": mixed,
+    "squared": F.mse_loss,
+}
+"""Where an answer is in doubt, the first asks for the median of what it may be, the last for the mean, as
+PSNR does."""
 
 
 def flow_loss(estimate: Estimate, smoothness: float) -> Tensor:

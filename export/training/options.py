@@ -10,7 +10,7 @@ LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 3e-4}
 FRESH_LEARNING_RATE = 2e-3
 """Of untrained weights: what 250 steps of Muon taught `compact` was most at 4e-3; 1e-2 was too much."""
 OPTIMIZERS = {"fidelity": "muon", "adversarial": "adam"}
-SQUARED_WEIGHTS = {"fidelity": 30.0, "adversarial": 0.0}
+PIXEL_LOSSES = {"fidelity": "mixed", "adversarial": "charbonnier"}
 TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 5.0}
 
 
@@ -43,9 +43,8 @@ class TrainOptions:
     """The learning rate is constant, then falls along a half cosine over this last share of the run."""
     objective: str = "fidelity"
     """Or "adversarial": that, a perceptual loss and a discriminator, from weights trained for fidelity."""
-    squared_weight: float = 30.0
-    """Of the squared error, beside Charbonnier's distance: where the answer is in doubt, the mean of what it
-    may be in place of the median. That is what PSNR asks for."""
+    pixel_loss: str = "mixed"
+    """Between an answer and the truth, and the teacher's answer; see ``losses.PIXEL_LOSSES``."""
     flow_weight: float = 0.1
     """Of the flow's losses, for widths that have a learned flow."""
     flow_smoothness: float = 0.05
@@ -55,6 +54,8 @@ class TrainOptions:
     """Of the distance to the teacher's answer, beside the distance to the truth; used with a teacher."""
     hint_weight: float = 0.01
     """Of the distance to the teacher's features, within what is learned from it: its answer counts."""
+    turned_teacher: bool = False
+    """The teacher sees windows turned at random, see ``imitation.Imitation``; it then gives no features."""
     temporal_weight: float = 0.0
     """Of the temporal loss, see ``losses.temporal_loss``; above 0, crops are five frames long."""
     perceptual_weight: float = 20.0

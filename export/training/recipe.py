@@ -13,7 +13,7 @@ from export.errors import ExportError
 from export.network import WIDTHS
 from export.training.evaluation import Instruments
 from export.training.footage import Clip
-from export.training.options import FRESH_LEARNING_RATE, OPTIMIZERS, SQUARED_WEIGHTS, TrainOptions
+from export.training.options import FRESH_LEARNING_RATE, OPTIMIZERS, PIXEL_LOSSES, TrainOptions
 from export.training.perceptual import DistilledVgg
 from export.training.prune import SparseTrainer, find_groups, finish
 from export.training.selection import watched
@@ -40,6 +40,10 @@ class Stage:
     """Stage whose answer it starts from, grown if it is smaller."""
     teacher: str | None = None
     """Stage whose answer it learns from."""
+    teacher_weight: float = 1.0
+    turned_teacher: bool = False
+    pixel_loss: str | None = None
+    """If not its objective's."""
     prunes_to: str | None = None
     """Trains under the sparsity penalty, and its answer is pruned to these widths."""
     delivers: str | None = None
@@ -69,11 +73,12 @@ STAGES = (
         temporal_weight=5.0, validate_every=500, delivers="mst_gan_pruned_gan",
     ),
     Stage(
-        "compact", "compact", 0.06, teacher="pruned", lr=FRESH_LEARNING_RATE, delivers="mst_gan_compact",
+        "compact", "compact", 0.06, teacher="trunk", teacher_weight=10.0, turned_teacher=True,
+        pixel_loss="squared", lr=FRESH_LEARNING_RATE, delivers="mst_gan_compact",
     ),
     Stage(
-        "student", "student", 0.12, teacher="pruned", lr=FRESH_LEARNING_RATE, temporal_weight=0.2,
-        delivers="mst_gan_student",
+        "student", "student", 0.12, teacher="trunk", teacher_weight=10.0, turned_teacher=True,
+        pixel_loss="squared", lr=FRESH_LEARNING_RATE, delivers="mst_gan_student",
     ),
 )  # fmt: skip
 """What follows what, and for how long. The baseline's detail enhancement learns first, alone, and longest:
@@ -155,7 +160,9 @@ def _options(stage: Stage, options: TrainOptions, minutes: float) -> TrainOption
         minutes=minutes * stage.share,
         objective=stage.objective,
         optimizer="adam" if stage.prunes_to else OPTIMIZERS[stage.objective],
-        squared_weight=SQUARED_WEIGHTS[stage.objective],
+        pixel_loss=stage.pixel_loss or PIXEL_LOSSES[stage.objective],
+        teacher_weight=stage.teacher_weight,
+        turned_teacher=stage.turned_teacher,
         lr=stage.lr,
         warmup=stage.warmup,
         temporal_weight=stage.temporal_weight,

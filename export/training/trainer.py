@@ -29,7 +29,7 @@ from export.training.footage import Clip
 from export.training.grow import grow
 from export.training.held import HeldFootage
 from export.training.imitation import Imitation
-from export.training.losses import charbonnier, flow_loss, motion_loss, temporal_loss
+from export.training.losses import PIXEL_LOSSES, flow_loss, motion_loss, temporal_loss
 from export.training.optimizer import OPTIMIZERS, resume, set_rate
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
@@ -96,7 +96,8 @@ class Trainer:
             self.align, self.features = torch.compile(self.align), torch.compile(self.features)
         self.ema = placed(MstGan(widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
-        self.imitation = placed(Imitation(teacher, widths), self.device) if teacher else None
+        how = options.pixel_loss, options.turned_teacher
+        self.imitation = placed(Imitation(teacher, widths, *how), self.device) if teacher else None
         learned = list(self.network.parameters())
         if self.imitation:
             learned += self.imitation.adapters.parameters()
@@ -234,7 +235,7 @@ class Trainer:
             answer = self.network.generator.finish(features, frames).float()
         truth = batch.hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
         target = F.pixel_unshuffle(truth.flatten(0, 1), SCALE)
-        total = charbonnier(answer, target) + o.squared_weight * F.mse_loss(answer, target)
+        total = PIXEL_LOSSES[o.pixel_loss](answer, target)
         parts = {"pixel": total.detach()}
         if self.network.widths.flow:  # calculus has nothing to learn
             motion = flow_loss(estimate, o.flow_smoothness)

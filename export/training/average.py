@@ -1,0 +1,41 @@
+"""``python -m export average``: one network of several that began as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from export.errors import ExportError
+
+# Imports what it needs when it runs, so that --help needs no torch.
+
+
+@click.command()
+@click.argument("checkpoints", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+def average(checkpoints: tuple[Path, ...], out: Path) -> None:
+    """The mean of several checkpoints' weights, for runs that began from the same ones.
+
+    Where each wanders about one optimum, their mean is nearer to it than any (Wortsman et al. 2022, "model
+    soups"). Of runs that began apart it is worth nothing.
+    """
+    import torch
+
+    from export.checkpoint import load_checkpoint, save_checkpoint
+
+    if len(checkpoints) < 2:
+        raise ExportError(f"expected at least two checkpoints to average, found {len(checkpoints)}")
+    networks = [load_checkpoint(path) for path in checkpoints]
+    mean = networks[0]
+    for path, network in zip(checkpoints, networks, strict=True):
+        if network.widths != mean.widths:
+            raise ExportError(
+                f"expected checkpoints of the same widths, found {mean.widths.name!r} in {checkpoints[0]} "
+                f"and {network.widths.name!r} in {path}; average runs of one network"
+            )
+    states = [network.state_dict() for network in networks]
+    mean.load_state_dict({name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]})
+    save_checkpoint(mean, out, {"recipe": json.dumps({"average_of": [path.name for path in checkpoints]})})
+    click.echo(f"{out}: the mean of {len(checkpoints)} checkpoints of the widths {mean.widths.name!r}")
