@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_network import TINY, run_build, shake
+from tiny_network import LIGHT, TINY, run_build, shake
 from toy_models import add_batch_witness, build_toy_models
 
 from deploy.embedded.server import TritonServer
@@ -38,6 +38,14 @@ def toy_server(toy_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The embedded server with the small models."""
     with TritonServer(toy_repository, tmp_path_factory.mktemp("server") / "triton.log") as server:
         yield server
+
+
+@pytest.fixture
+def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny networks' width tables among those that checkpoints and training know; errors as one line."""
+    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
+    monkeypatch.setitem(WIDTHS, LIGHT.name, LIGHT)
+    monkeypatch.delenv("VSR_DEBUG", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from tiny_network import TINY, shake
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
 from export.errors import ExportError
-from export.network import WIDTHS, MstGan
+from export.network import MstGan
 from export.training.adversarial import NOISE, Adversary
 from export.training.discriminator import Discriminator
 from export.training.evaluation import Instruments, Measures, Score
@@ -29,10 +29,7 @@ STEPS = 4
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
-    monkeypatch.delenv("VSR_DEBUG", raising=False)
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tiny_network import TINY
 from export.__main__ import main
 from export.checkpoint import save_checkpoint
 from export.errors import ExportError
-from export.network import WIDTHS, MstGan
+from export.network import MstGan
 from export.sample import sample_clip
 from export.training import lpips as lpips_module
 from export.training import vmaf as vmaf_module
@@ -31,11 +31,7 @@ from export.training.pictures import COLUMN_PX, CROP, lossiest_crop
 from export.training.tables import markdown
 from export.training.vmaf import vmaf
 
-
-@pytest.fixture(autouse=True)
-def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
-    monkeypatch.delenv("VSR_DEBUG", raising=False)
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,7 @@ from export.training.imitation import Imitation
 from export.training.losses import PIXEL_LOSSES, SQUARED_WEIGHT, mixed
 from export.training.windows import downscale
 
-
-@pytest.fixture(autouse=True)
-def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
-    monkeypatch.setitem(WIDTHS, LIGHT.name, LIGHT)
-    monkeypatch.delenv("VSR_DEBUG", raising=False)
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 def frames_of(windows: int) -> torch.Tensor:

@@ -21,11 +21,7 @@ from export.training.trainer import EMA_FILE, Trainer, TrainOptions
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
-    monkeypatch.setitem(WIDTHS, LIGHT.name, LIGHT)
-    monkeypatch.delenv("VSR_DEBUG", raising=False)
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 @pytest.fixture(scope="module")

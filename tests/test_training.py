@@ -30,11 +30,7 @@ from export.training.pictures import COLUMN_PX
 from export.training.trainer import Trainer, TrainOptions
 from export.training.windows import Batch, WindowSampler, downscale, windowed
 
-
-@pytest.fixture(autouse=True)
-def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WIDTHS, TINY.name, TINY)
-    monkeypatch.delenv("VSR_DEBUG", raising=False)
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 def write_video(path: Path, frames: np.ndarray) -> Path:

@@ -153,8 +153,7 @@ def _load_footage(
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
     objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
-    turned_teacher: bool, pixel_loss: str | None,
-    temporal_weight: float | None,
+    turned_teacher: bool, pixel_loss: str | None, temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
     weights: Path | None, drawings: int, photo_share: float, widths: str, steps: int,
     minutes: float | None, batch: int, patch: int, lr: float | None, warmup: int, seed: int,

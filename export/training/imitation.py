@@ -34,15 +34,18 @@ class Imitation(nn.Module):
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
         self.pixel_loss, self.turned = PIXEL_LOSSES[pixel_loss], turned
-        channels = zip(_channels(student), _channels(teacher.widths), strict=False)  # what both have
+        both = zip(_channels(student), _channels(teacher.widths), strict=False)  # what both have
+        channels = [] if turned else list(both)
         self.adapters = nn.ModuleList(
-            nn.Identity() if mine == theirs else nn.Conv2d(mine, theirs, 1)
-            for mine, theirs in (() if turned else channels)
+            nn.Identity() if mine == theirs else nn.Conv2d(mine, theirs, 1) for mine, theirs in channels
         )
 
     @torch.no_grad()
     def taught(self, frames: Tensor, bf16: bool) -> tuple[Tensor, Features | None]:
-        """The teacher's sub-pixels, (N, 48, h, w) float32, and features of (N, 3, 3, h, w) frames, 0..1."""
+        """The teacher's sub-pixels, (N, 48, h, w) float32, and features of (N, 3, 3, h, w) frames, 0..1.
+
+        A turned teacher's frames are square, and it gives no features.
+        """
         if not self.turned:
             return self._answer(frames, bf16)
         # Tossed where the frames are: a recorded step has no other chance.
@@ -73,17 +76,19 @@ class Imitation(nn.Module):
         zero if there are none.
         """
         their_answer, their_features = taught
+        distance = self.pixel_loss(answer, their_answer)
+        if their_features is None:
+            return distance, distance.new_zeros(())
         known = [
             (mine.float(), theirs.float())
-            for mine, theirs in zip(features, their_features or (), strict=False)
+            for mine, theirs in zip(features, their_features, strict=True)
             if mine is not None and theirs is not None
         ]
         shares = [
             F.l1_loss(adapter(mine), theirs) / theirs.abs().mean().clamp_min(1e-6)
             for adapter, (mine, theirs) in zip(self.adapters, known, strict=True)
         ]
-        hints = torch.stack(shares).mean() if shares else answer.new_zeros(())
-        return self.pixel_loss(answer, their_answer), hints
+        return distance, torch.stack(shares).mean()
 
 
 def _channels(widths: Widths) -> tuple[int, ...]:
