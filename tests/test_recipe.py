@@ -1,5 +1,6 @@
 """The whole recipe at toy scale: every stage in order, all checkpoints, stopped and gone on with."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from PIL import Image
-from tiny_network import LIGHT, TINY
+from safetensors import safe_open
+from tiny_network import LIGHT, TINY, export_single_image
+from torch import nn
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint
@@ -23,6 +26,7 @@ from export.training.trainer import Trainer
 
 WIDE = replace(TINY, name="baseline", detail_inner=(16,), context_inner=16)
 STEPS = 2
+STAGES_BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +58,7 @@ def workplace(tmp_path: Path) -> Path:
     torch.save({f"lin{i}.model.1.weight": h + 1 for i, h in enumerate(lpips.heads)}, tmp_path / HEADS_FILE)
     vgg = {name.removeprefix("convs."): value for name, value in DistilledVgg().state_dict().items()}
     torch.save({"model": vgg}, tmp_path / "vgg.pth")
+    export_single_image(nn.Sequential(nn.Conv2d(3, 48, 1), nn.PixelShuffle(4)), tmp_path / "single.pt2")
     return tmp_path
 
 
@@ -61,7 +66,8 @@ def train_all(folder: Path) -> Result:
     arguments = [
         "train-all", "--drawings", 1, "--clips", folder / "clips", "--validation", folder / "held_back.txt",
         "--cache", folder / "cache", "--out", folder / "out", "--perceptual", folder / "vgg.pth",
-        "--weights", folder, "--minutes", 600, "--steps", STEPS, "--batch", 3, "--patch", 64,
+        "--weights", folder, "--teacher", folder / "single.pt2", "--minutes", 600,
+        "--steps", STEPS, "--batch", 3, "--patch", 64,
     ]  # fmt: skip
     return CliRunner().invoke(main, list(map(str, arguments)))
 
@@ -101,6 +107,10 @@ def test_recipe_is_stopped_and_gone_on_with(workplace: Path, monkeypatch: pytest
             path = workplace / "out" / f"{stage.delivers}.safetensors"
             assert load_checkpoint(path).widths.name == stage.widths
             assert str(path) in result.output
+            with safe_open(path, "pt") as file:
+                teachers = json.loads(file.metadata()["recipe"])["teachers"]
+            own = [STAGES_BY_NAME[stage.teacher].widths] if stage.teacher else []
+            assert teachers == ([] if stage.objective == "adversarial" else [*own, "single"])
     kept = (workplace / "out" / "mst_gan_pruned.safetensors").read_bytes()
 
     result = train_all(workplace)

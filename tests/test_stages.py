@@ -82,7 +82,7 @@ def test_a_network_does_not_shrink() -> None:
 @pytest.mark.parametrize("widths", [TINY.name, LIGHT.name])
 def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path, widths: str) -> None:
     o = options(steps=1000, widths=widths, lr=2e-3, teacher_weight=10.0)
-    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     batch = trainer.sampler.batch(0, 2)
     distances = [trainer.train_step(batch)["teacher"] for _ in range(40)]
@@ -93,7 +93,7 @@ def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path, 
 def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
     def total(weight: float) -> tuple[float, float]:
         o = options(teacher_weight=weight, hint_weight=0.0)
-        trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+        trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
         loss, parts = trainer.loss(trainer.sampler.batch(0, 2))
         return loss.item(), float(parts["teacher"])
 
@@ -108,12 +108,12 @@ def test_features_guide_through_converters_of_their_own(
     slim = replace(TINY, name="slim", laterals=(8, 8, 8, 8), detail=8)
     monkeypatch.setitem(WIDTHS, slim.name, slim)
     o = options(steps=1000, widths=slim.name, lr=2e-3, teacher_weight=3.0, hint_weight=1.0)
-    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
     batch = trainer.sampler.batch(0, 2)
     hints = [trainer.train_step(batch)["hints"] for _ in range(30)]
     assert hints[-1] < 0.9 * hints[0]
     trainer.save()
-    again = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+    again = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
     expected, found = (t.imitation.adapters.state_dict() for t in (trainer, again) if t.imitation)
     assert expected
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -121,7 +121,7 @@ def test_features_guide_through_converters_of_their_own(
 
 
 def test_a_network_is_its_own_perfect_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
-    trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", teacher, teacher)
+    trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", teacher, [teacher])
     _, parts = trainer.loss(trainer.sampler.batch(0, 2))
     assert float(parts["teacher"]) == pytest.approx(1e-3, abs=1e-6)  # Charbonnier of nothing
     assert parts["hints"] < 1e-5
@@ -149,7 +149,7 @@ def test_resumed_student_equals_an_unbroken_one(
     o = options()
 
     def trainer(name: str) -> Trainer:
-        return Trainer(o, [clip], [], [clip], tmp_path / name, None, teacher)
+        return Trainer(o, [clip], [], [clip], tmp_path / name, None, [teacher])
 
     trainer("whole").run()
     stopped = trainer("parts")
@@ -188,7 +188,7 @@ def test_run_with_a_teacher_does_not_go_on_without(
     slim = replace(TINY, name="slim", detail=8)
     monkeypatch.setitem(WIDTHS, slim.name, slim)
     o = options(widths=slim.name)
-    Trainer(o, [clip], [], [clip], tmp_path, None, teacher).save()
+    Trainer(o, [clip], [], [clip], tmp_path, None, [teacher]).save()
     with pytest.raises(ExportError, match=r"expected .* trained tensors, found \d+: it had another teacher"):
         Trainer(o, [clip], [], [clip], tmp_path)
 

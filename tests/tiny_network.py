@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from export import spec
 from export.__main__ import main
@@ -31,6 +32,15 @@ def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.T
     return torch.randint(
         0, 256, (batch, spec.WINDOW, height, width, 3), dtype=torch.uint8, generator=generator
     )
+
+
+def export_single_image(network: nn.Module, path: Path) -> Path:
+    """A network from (N, 3, h, w) to (N, 3, 4h, 4w), saved as single-image teachers are."""
+    n, h, w = (torch.export.Dim(name, min=2, max=512) for name in "nhw")
+    shapes = ({0: n, 2: h, 3: w},)
+    exported = torch.export.export(network, (torch.rand(3, 3, 20, 24),), dynamic_shapes=shapes)
+    torch.export.save(exported, path)
+    return path
 
 
 def shake(network: MstGan) -> MstGan:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OBJECTIVES = ("fidelity", "adversarial")
-PIXEL_LOSS_NAMES = ("charbonnier", "mixed", "squared")
+PIXEL_LOSS_NAMES = ("charbonnier", "mixed", "squared", "luma")
 
 # They import what they need when they run, so that --help needs no torch.
 
@@ -113,11 +113,10 @@ def _load_footage(
     help="adversarial: against a discriminator, after fidelity.",
 )  # fmt: skip
 @click.option(
-    "--teacher",
-    type=click.Path(path_type=Path),
-    help="Checkpoint whose answers are learned too.",
-)
-@click.option("--teacher-weight", default=1.0, help="Of the distance to the teacher's answer.")
+    "--teacher", "teachers", type=click.Path(path_type=Path), multiple=True,
+    help="Checkpoint, or single-image network (.pt2), whose answers are learned too; of several their mean.",
+)  # fmt: skip
+@click.option("--teacher-weight", default=1.0, help="Of the distance to the teachers' answer.")
 @click.option("--hint-weight", default=0.01, help="Of its features, within the teacher's weight.")
 @click.option(
     "--turned-teacher", is_flag=True, help="It sees windows turned at random; its features are not learned."
@@ -152,7 +151,7 @@ def _load_footage(
 )
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
-    objective: str, teacher: Path | None, teacher_weight: float, hint_weight: float,
+    objective: str, teachers: tuple[Path, ...], teacher_weight: float, hint_weight: float,
     turned_teacher: bool, pixel_loss: str | None, temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
     weights: Path | None, drawings: int, photo_share: float, widths: str, steps: int,
@@ -168,6 +167,7 @@ def train(
 
     from export.checkpoint import load_checkpoint
     from export.training.evaluation import Instruments
+    from export.training.imitation import load_teacher
     from export.training.lpips import NAME, load_lpips
     from export.training.options import OPTIMIZERS, PIXEL_LOSSES, TEMPORAL_WEIGHTS, default_lr
     from export.training.perceptual import load_distilled_vgg
@@ -213,10 +213,9 @@ def train(
     )  # fmt: skip
     footage = _load_footage(clips, photos, drawings, validation, cache, patch)
     start = load_checkpoint(init) if init else None
-    master = load_checkpoint(teacher) if teacher else None
+    masters = [load_teacher(path) for path in teachers]
     Trainer(
-        options, *footage, out, start, master,
-        perceptual=distance, instruments=instruments,
+        options, *footage, out, start, masters, perceptual=distance, instruments=instruments
     ).run()  # fmt: skip
 
 
@@ -293,19 +292,24 @@ def prune(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=28.0,
     help="Wall time of all stages, resumed parts together.",
 )  # fmt: skip
+@click.option(
+    "--teacher", "teachers", type=click.Path(path_type=Path), multiple=True,
+    help="Single-image network (.pt2) that teaches all but the perceptual stage, beside the recipe's own.",
+)  # fmt: skip
 @click.option("--steps", default=10_000_000, help="At most, per stage: for a trial.", show_default=False)
 @click.option("--batch", default=32, help="Windows per step.")
 @click.option("--patch", default=256, help="Hr pixels a side.")
 def train_all(
     clips: Path, photos: Path | None, validation: Path, perceptual: Path, weights: Path, out: Path,
-    cache: Path, minutes: float, steps: int, drawings: int, photo_share: float, batch: int, patch: int,
-    seed: int, compiled: bool, hold: bool,
+    cache: Path, minutes: float, teachers: tuple[Path, ...], steps: int, drawings: int, photo_share: float,
+    batch: int, patch: int, seed: int, compiled: bool, hold: bool,
 ) -> None:  # fmt: skip
     """Train every checkpoint within a budget of time: baseline, pruned, perceptual, compact, student.
 
     Ctrl-C saves, the same command goes on. export/training/recipe.py has the stages and their shares.
     """
     from export.training.evaluation import Instruments
+    from export.training.imitation import load_teacher
     from export.training.lpips import load_lpips
     from export.training.options import TrainOptions
     from export.training.perceptual import load_distilled_vgg
@@ -315,11 +319,13 @@ def train_all(
     _prepare(patch)
     # All of it before the first stage: a fault here must not cost what stages before it took.
     distance, judge = load_distilled_vgg(perceptual), load_lpips(weights)
+    masters = [load_teacher(path) for path in teachers]
     footage = Footage(*_load_footage(clips, photos, drawings, validation, cache, patch))
     options = TrainOptions(
         steps=steps, photo_share=photo_share, batch=batch, patch=patch, seed=seed, compile=compiled, hold=hold
     )
-    for path in run_stages(options, minutes, footage, out, distance, Instruments(judge, flicker=True)):
+    instruments = Instruments(judge, flicker=True)
+    for path in run_stages(options, minutes, footage, out, distance, instruments, masters):
         click.echo(path)
 
 

@@ -15,6 +15,7 @@ from export.spec import CHANNELS, FLOW_STRIDE, SCALE, Size
 
 EPSILON = 1e-3  # Charbonnier's rounding of L1 at zero, in units of the image range
 SQUARED_WEIGHT = 30.0  # of the squared error, beside Charbonnier's distance
+LUMA_WEIGHT = 60.0  # of the luma's, where it takes the place of that
 EDGE_SHARPNESS = 10.0  # how fast an image edge excuses a jump of the flow
 MISALIGNED = 0.05  # warp error of lr frames, mean over 3x3 pixels, from which the flow is not believed
 
@@ -29,10 +30,17 @@ def mixed(a: Tensor, b: Tensor) -> Tensor:
     return charbonnier(a, b) + SQUARED_WEIGHT * F.mse_loss(a, b)
 
 
+def luminous(a: Tensor, b: Tensor) -> Tensor:
+    """As ``mixed``, but squared is the error of the luma, the Y of PSNR-Y; of (N, 48, h, w) sub-pixels."""
+    error = luma((a - b).unflatten(1, (CHANNELS, SCALE**2)).transpose(1, 2))
+    return charbonnier(a, b) + LUMA_WEIGHT * error.square().mean()
+
+
 PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "charbonnier": charbonnier,
     "mixed": mixed,
     "squared": F.mse_loss,
+    "luma": luminous,
 }
 """Where an answer is in doubt, the first asks for the median of what it may be, the last for the mean, as
 PSNR does."""

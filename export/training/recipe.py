@@ -13,6 +13,7 @@ from export.errors import ExportError
 from export.network import WIDTHS
 from export.training.evaluation import Instruments
 from export.training.footage import Clip
+from export.training.imitation import Teacher
 from export.training.options import FRESH_LEARNING_RATE, OPTIMIZERS, PIXEL_LOSSES, TrainOptions
 from export.training.perceptual import DistilledVgg
 from export.training.prune import SparseTrainer, find_groups, finish
@@ -108,6 +109,7 @@ def train_all(
     out: Path,
     perceptual: DistilledVgg,
     instruments: Instruments,
+    teachers: Sequence[Teacher] = (),
 ) -> list[Path]:
     """Run every stage, or what an earlier call has left of them.
 
@@ -120,6 +122,7 @@ def train_all(
         out: holds a run folder per stage, and the delivered checkpoints.
         perceptual: network of the perceptual loss.
         instruments: with LPIPS and tOF.
+        teachers: of every stage that learns for fidelity, beside its own.
 
     Returns:
         The delivered checkpoints.
@@ -134,7 +137,7 @@ def train_all(
     for stage in stages.values():
         mine = _options(stage, options, minutes)
         answer = stage.answer(out)
-        trainer = _trainer(stage, stages, mine, centres, out, perceptual, instruments)
+        trainer = _trainer(stage, stages, mine, centres, out, perceptual, instruments, teachers)
         if trainer.progress(trainer.step) < 1:
             log.info("stage %s: %.1f minutes in all", stage.name, mine.minutes)
             trainer.run()
@@ -180,14 +183,14 @@ def _trainer(
     out: Path,
     perceptual: DistilledVgg,
     instruments: Instruments,
+    teachers: Sequence[Teacher],
 ) -> Trainer:
-    start, teacher = (
-        load_checkpoint(stages[name].answer(out)) if name else None for name in (stage.start, stage.teacher)
-    )
+    start = load_checkpoint(stages[stage.start].answer(out)) if stage.start else None
     data = (footage.clips, footage.photos, footage.validation, out / stage.name)
     if stage.prunes_to and start:
         groups = find_groups(WIDTHS[stage.widths], WIDTHS[stage.prunes_to])
         return SparseTrainer(groups, SPARSITY, options, *data, start)
     if stage.objective == "adversarial":
-        return Trainer(options, *data, start, teacher, perceptual=perceptual, instruments=instruments)
-    return Trainer(options, *data, start, teacher)
+        return Trainer(options, *data, start, perceptual=perceptual, instruments=instruments)
+    own = [load_checkpoint(stages[stage.teacher].answer(out))] if stage.teacher else []
+    return Trainer(options, *data, start, [*own, *teachers])

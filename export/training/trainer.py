@@ -28,7 +28,7 @@ from export.training.evaluation import Instruments, Score, evaluate, mean
 from export.training.footage import Clip
 from export.training.grow import grow
 from export.training.held import HeldFootage
-from export.training.imitation import Imitation
+from export.training.imitation import Imitation, Teacher
 from export.training.losses import PIXEL_LOSSES, flow_loss, motion_loss, temporal_loss
 from export.training.optimizer import OPTIMIZERS, resume, set_rate
 from export.training.options import TrainOptions
@@ -59,7 +59,7 @@ class Trainer:
         validation: Sequence[Clip],
         out: Path,
         init: MstGan | None = None,
-        teacher: MstGan | None = None,
+        teachers: Sequence[Teacher] = (),
         *,
         perceptual: DistilledVgg | None = None,
         instruments: Instruments | None = None,
@@ -73,7 +73,7 @@ class Trainer:
             validation: footage to score on.
             out: run folder, created if missing.
             init: weights to start from, of the same widths or smaller ones, see ``grow``.
-            teacher: a network, of any widths, whose answers are learned beside the truth.
+            teachers: networks, of any widths, whose mean answer is learned beside the truth.
             perceptual: network of the perceptual loss, for the adversarial objective.
             instruments: what validation measures besides PSNR-Y and SSIM-Y; the adversarial objective needs
                 LPIPS and tOF, to choose its best checkpoint by.
@@ -97,7 +97,7 @@ class Trainer:
         self.ema = placed(MstGan(widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
         how = options.pixel_loss, options.turned_teacher
-        self.imitation = placed(Imitation(teacher, widths, *how), self.device) if teacher else None
+        self.imitation = placed(Imitation(teachers, widths, *how), self.device) if teachers else None
         learned = list(self.network.parameters())
         if self.imitation:
             learned += self.imitation.adapters.parameters()
@@ -189,7 +189,7 @@ class Trainer:
     def _save_average(self, path: Path) -> None:
         recipe = {
             **asdict(self.options),
-            "teacher": self.imitation.teacher.widths.name if self.imitation else None,
+            "teachers": self.imitation.names if self.imitation else [],
             "step": self.step,
             "spent_s": round(self.spent_s),
             "device": self.device.type,
