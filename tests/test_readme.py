@@ -22,7 +22,9 @@ def commands() -> list[str]:
     """Lines of shell blocks, continued lines joined, comments dropped."""
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(r"```(?:sh)?\n(.*?)```", document.read_text(), re.DOTALL):
+        for language, block in re.findall(r"```(\w*)\n(.*?)```", document.read_text(), re.DOTALL):
+            if language not in ("", "sh"):
+                continue
             lines = block.replace("\\\n", " ").splitlines()
             found += [command for line in lines if (command := line.partition(" #")[0].strip())]
     return found
