@@ -89,3 +89,16 @@ def test_average_refuses_what_has_no_mean(tmp_path: Path) -> None:
         assert complaint in result.output
         assert result.output.count("\n") == 1
         assert not out.exists()
+
+
+def test_average_makes_its_folder_or_says_in_one_line_why_not(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in range(2)]
+    for seed, path in enumerate(paths):
+        saved(Path(path), seed)
+    (tmp_path / "file").touch()
+    for folder, code in (("new/folder", 0), ("file", 1)):
+        out = tmp_path / folder / "mean.safetensors"
+        result = CliRunner().invoke(main, ["average", *paths, "--out", str(out)])
+        assert result.exit_code == code, result.output
+        assert result.output.count("\n") == 1
+    assert f"expected to write {out}, found " in result.output

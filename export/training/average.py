@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+from safetensors import SafetensorError
 
 from export.errors import ExportError
 
@@ -37,5 +38,10 @@ def average(checkpoints: tuple[Path, ...], out: Path) -> None:
             )
     states = [network.state_dict() for network in networks]
     mean.load_state_dict({name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]})
-    save_checkpoint(mean, out, {"recipe": json.dumps({"average_of": [path.name for path in checkpoints]})})
+    recipe = json.dumps({"average_of": [path.name for path in checkpoints]})
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(mean, out, {"recipe": recipe})
+    except (OSError, SafetensorError) as err:
+        raise ExportError(f"expected to write {out}, found {err}; make room or choose another --out") from err
     click.echo(f"{out}: the mean of {len(checkpoints)} checkpoints of the widths {mean.widths.name!r}")
