@@ -88,12 +88,14 @@ def _prepare(patch: int, widths: str | None = None) -> None:
 def _load_footage(
     clips: Path, photos: Path | None, drawings: int, validation: Path, cache: Path, patch: int
 ) -> tuple[list[Clip], list[Clip], list[Clip]]:
-    """Clips and stills to train on, and the clips held back; all of at least ``patch`` pixels a side."""
+    """Clips and stills of at least ``patch`` pixels a side to train on, and the clips held back."""
     from export.training.drawings import draw_all
     from export.training.footage import load_folder
+    from export.training.pictures import CROP
 
     names = validation.read_text().split()
-    held_back = load_folder(clips, cache, min_side=patch, names=names)
+    # A larger patch must not leave fewer to score on: runs would not compare, nor with ``evaluate``.
+    held_back = load_folder(clips, cache, min_side=min(patch, max(CROP) + 1), names=names)
     training = [clip for clip in load_folder(clips, cache, min_side=patch) if clip.name not in names]
     stills = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
     return training, [*stills, *draw_all(drawings, cache, len(stills))], held_back
