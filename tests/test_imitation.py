@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from safetensors import safe_open
-from tiny_network import LIGHT, TINY, shake
+from tiny_network import LIGHT, TINY, frames_of, shake
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
@@ -16,14 +16,8 @@ from export.network import WIDTHS, MstGan
 from export.training.commands import PIXEL_LOSS_NAMES
 from export.training.imitation import Imitation
 from export.training.losses import LUMA_WEIGHT, PIXEL_LOSSES, SQUARED_WEIGHT, luminous, mixed
-from export.training.windows import downscale
 
 pytestmark = pytest.mark.usefixtures("tiny_widths")
-
-
-def frames_of(windows: int) -> torch.Tensor:
-    noise = torch.Generator().manual_seed(0)
-    return downscale(torch.rand(windows, 3, 3, 128, 128, generator=noise))
 
 
 def test_what_a_turned_teacher_answers_is_turned_back() -> None:

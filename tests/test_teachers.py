@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_network import LIGHT, TINY, export_single_image, shake
+from tiny_network import LIGHT, TINY, export_single_image, frames_of, shake
 from torch import Tensor, nn
 
 from export.checkpoint import save_checkpoint
 from export.errors import ExportError
 from export.network import MstGan
 from export.training.imitation import Imitation, SingleImageTeacher, load_teacher
-from export.training.windows import downscale
 
 pytestmark = pytest.mark.usefixtures("tiny_widths")
 
@@ -32,11 +31,6 @@ def nearest(tmp_path: Path) -> SingleImageTeacher:
     teacher = load_teacher(export_single_image(Nearest(), tmp_path / "nearest.pt2"))
     assert isinstance(teacher, SingleImageTeacher)
     return teacher
-
-
-def frames_of(windows: int) -> Tensor:
-    noise = torch.Generator().manual_seed(0)
-    return downscale(torch.rand(windows, 3, 3, 128, 128, generator=noise))
 
 
 @pytest.mark.parametrize("turned", [False, True])

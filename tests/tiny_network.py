@@ -9,6 +9,7 @@ from torch import nn
 from export import spec
 from export.__main__ import main
 from export.network import MstGan, PyramidWidths, Widths
+from export.training.windows import downscale
 
 TINY = PyramidWidths(
     name="tiny",
@@ -32,6 +33,12 @@ def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.T
     return torch.randint(
         0, 256, (batch, spec.WINDOW, height, width, 3), dtype=torch.uint8, generator=generator
     )
+
+
+def frames_of(windows: int) -> torch.Tensor:
+    """(windows, 3, 3, 32, 32), 0..1: noise, as training shows frames to a network."""
+    noise = torch.Generator().manual_seed(0)
+    return downscale(torch.rand(windows, spec.WINDOW, 3, 128, 128, generator=noise))
 
 
 def export_single_image(network: nn.Module, path: Path) -> Path:

@@ -87,7 +87,6 @@ class Imitation(nn.Module):
         if len(teachers) == 1 and isinstance(teachers[0], MstGan) and not turned:
             both = _channels(student), _channels(teachers[0].widths)
             channels += zip(*both, strict=False)  # what both have
-        self.has_hints = bool(channels)
         self.adapters = nn.ModuleList(
             nn.Identity() if mine == theirs else nn.Conv2d(mine, theirs, 1) for mine, theirs in channels
         )
@@ -124,7 +123,7 @@ class Imitation(nn.Module):
                 with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16):
                     answer = F.pixel_unshuffle(teacher(frames[:, WINDOW // 2]), SCALE)
             answers.append(answer.float())
-        return torch.stack(answers).mean(0), features if self.has_hints else None
+        return torch.stack(answers).mean(0), features if len(self.adapters) else None
 
     def distances(
         self, answer: Tensor, features: Features, taught: tuple[Tensor, Features | None]
