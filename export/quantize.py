@@ -47,6 +47,7 @@ PERCENTILE = 99.999
 # at most 0.01), +-64 at most 0.02 in either, as fast. Unsigned weights are exact, but take 1.6 times as
 # long. Not left to the CPU that exports: a repository may move to another one.
 CPU_WEIGHT_LEVEL = 64
+TENSORRT_WEIGHT_LEVEL = 127
 
 # Where activations stay 8-bit between convolutions. What only moves values is listed too, so that no value is
 # turned to float and back for it.
@@ -146,23 +147,24 @@ def sensitivity(
     generator: Generator,
     model: onnx.ModelProto,
     ranges: TensorsData,
+    weights: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     *,
     symmetric: bool = False,
 ) -> list[Layer]:
     """Quantise one convolution at a time and compare the answers, noisiest first.
 
-    Done with PyTorch's fake quantisation: the same arithmetic, and no session to build for every layer.
+    Activations by PyTorch's fake quantisation: the same arithmetic, and no session to build for every layer.
 
     Args:
         generator: the network that ``model`` was exported from.
         model: its ONNX graph, whose initializers carry the network's names.
         ranges: of the graph's activations.
+        weights: by the network's names, rounded, see ``rounding.rounded_weights``.
         inputs: the generator's, see ``Generator.forward``.
-        symmetric: whether activations are signed around zero and weights use 8 bits, as for TensorRT.
+        symmetric: whether activations are signed around zero, as for TensorRT.
     """
     activations = _convolution_activations(model)
-    weight_level = 127 if symmetric else CPU_WEIGHT_LEVEL
     lr_window, flow, aligned = inputs
     with torch.inference_mode():
         unrounded = (frames_from_window(lr_window), flow, aligned.float() / 255)
@@ -172,7 +174,7 @@ def sensitivity(
             if not isinstance(module, nn.Conv2d):
                 continue
             source, target = (_levels(ranges[tensor], symmetric) for tensor in activations[name])
-            with _fake_quantised(module, source, target, weight_level) as counted:
+            with _fake_quantised(module, source, target, weights[name]) as counted:
                 noise = float((generator.generate(*unrounded) - reference).square().mean())
             rows.append((name, noise))
             macs.append(counted[0])
@@ -324,10 +326,8 @@ def _levels(data: TensorData, symmetric: bool) -> Levels:
 
 
 @contextmanager
-def _fake_quantised(
-    conv: nn.Conv2d, source: Levels, target: Levels, weight_level: int
-) -> Iterator[list[int]]:
-    """Round the layer's weights, input and output; gives its multiplications, once it has run."""
+def _fake_quantised(conv: nn.Conv2d, source: Levels, target: Levels, weight: Tensor) -> Iterator[list[int]]:
+    """Round the layer's input and output too; gives its multiplications, once it has run."""
     float_weight, macs = conv.weight.data, [0]
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -337,10 +337,7 @@ def _fake_quantised(
         macs[0] = output.numel() * float_weight[0].numel()
         return torch.fake_quantize_per_tensor_affine(output, *target)
 
-    scales = float_weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12) / weight_level
-    conv.weight.data = torch.fake_quantize_per_channel_affine(
-        float_weight, scales, torch.zeros_like(scales, dtype=torch.int32), 0, -weight_level, weight_level
-    )
+    conv.weight.data = weight
     hooks = (conv.register_forward_pre_hook(before), conv.register_forward_hook(after))
     try:
         yield macs

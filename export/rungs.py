@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from onnxruntime.quantization.calibrate import TensorsData
+from torch import Tensor
 
 from export import spec
 from export.cpu_graph import cpu_graph
@@ -21,7 +23,9 @@ from export.gpus import compute_capabilities
 from export.network import MstGan
 from export.plan import build_plan, check_plan, load_library, stage_profile
 from export.quantize import (
+    CPU_WEIGHT_LEVEL,
     TABLE,
+    TENSORRT_WEIGHT_LEVEL,
     Feeds,
     calibrate,
     chosen_float,
@@ -41,6 +45,7 @@ from export.repository import (
     sha256,
     stage_path,
 )
+from export.rounding import rounded_weights, with_weights
 from export.sample import Frames, reduced_windows
 from export.tensorrt_graph import quantise_for_tensorrt, tensorrt_graph
 
@@ -155,9 +160,12 @@ def build_for_tensorrt(
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {stage: tensorrt_graph(onnx.load(path)) for stage, path in stages.items()}
     generator = graphs.pop(spec.GENERATOR.name)
-    ranges, left_float = _decide(network, generator, folder, calibration, symmetric=True)
+    chosen = _decide(network, generator, folder, calibration, symmetric=True)
     graphs[f"{spec.GENERATOR.name}.{FP16}"] = to_fp16(generator)
-    graphs[f"{spec.GENERATOR.name}.{INT8}"] = to_fp16(quantise_for_tensorrt(generator, ranges, left_float))
+    rounded = with_weights(generator, chosen.weights)
+    graphs[f"{spec.GENERATOR.name}.{INT8}"] = to_fp16(
+        quantise_for_tensorrt(rounded, chosen.ranges, chosen.left_float)
+    )
     for name in PLANS:
         _save(graphs[name], folder / f"{name}.onnx", stages[name.split(".")[0]])
     return [
@@ -211,23 +219,39 @@ def _save(model: onnx.ModelProto, path: Path, parent: Path) -> None:
     onnx.save(model, path)
 
 
+@dataclass(frozen=True)
+class _Quantisation:
+    """What becomes 8-bit, and how."""
+
+    ranges: TensorsData
+    """Of the activations."""
+    left_float: Sequence[str]
+    """Convolutions, by the network's names."""
+    weights: Mapping[str, Tensor]
+    """Of all others, rounded."""
+
+
 def _int8_for_cpu(
     network: MstGan, fp32: onnx.ModelProto, folder: Path, calibration: Sequence[Frames]
 ) -> onnx.ModelProto:
-    model = cpu_graph(fp32)
-    return quantise_for_cpu(model, *_decide(network, model, folder, calibration, symmetric=False))
+    chosen = _decide(network, cpu_graph(fp32), folder, calibration, symmetric=False)
+    rounded = cpu_graph(with_weights(fp32, chosen.weights))
+    return quantise_for_cpu(rounded, chosen.ranges, chosen.left_float)
 
 
 def _decide(
     network: MstGan, model: onnx.ModelProto, folder: Path, calibration: Sequence[Frames], *, symmetric: bool
-) -> tuple[TensorsData, list[str]]:
-    """Ranges of the activations, and layers to leave in float; the table of why goes into the folder."""
+) -> _Quantisation:
+    """Ranges, weights, and layers to leave in float; the table of why goes into the folder."""
     with _one_thread():
-        ranges = calibrate(model, (_feeds(network, window) for window in calibration))
+        seen = [_feeds(network, window) for window in calibration]
+        ranges = calibrate(model, seen)
+        weights = rounded_weights(
+            network.generator, map(_inputs, seen), TENSORRT_WEIGHT_LEVEL if symmetric else CPU_WEIGHT_LEVEL
+        )
         lr_window, truth = reduced_windows(SENSITIVITY_FRAME, 1)
-        feeds = _feeds(network, lr_window)
-        inputs = [torch.from_numpy(feeds[tensor.name]) for tensor in spec.GENERATOR.inputs]
-        layers = sensitivity(network.generator, model, ranges, inputs, symmetric=symmetric)
+        inputs = _inputs(_feeds(network, lr_window))
+        layers = sensitivity(network.generator, model, ranges, weights, inputs, symmetric=symmetric)
         with torch.inference_mode():
             answer = network.pixel_shuffle(network.generator(*inputs)).numpy()
     parent_error = float(np.mean((answer / 255.0 - truth / 255.0) ** 2))
@@ -237,7 +261,9 @@ def _decide(
         "%d of %d convolutions in INT8; noisiest: %s", len(layers) - len(left_float), len(layers),
         ", ".join(f"{layer.name} {layer.psnr_db:.1f} dB" for layer in layers[:3]),
     )  # fmt: skip
-    return ranges, left_float
+    return _Quantisation(
+        ranges, left_float, {name: weights[name] for name in weights if name not in left_float}
+    )
 
 
 @contextmanager
@@ -260,3 +286,8 @@ def _feeds(network: MstGan, lr_window: Frames) -> Feeds:
         spec.FLOW.name: flow.numpy(),
         spec.ALIGNED.name: aligned.numpy(),
     }
+
+
+def _inputs(feeds: Feeds) -> list[Tensor]:
+    """The same for PyTorch."""
+    return [torch.from_numpy(feeds[tensor.name]) for tensor in spec.GENERATOR.inputs]
