@@ -17,11 +17,19 @@ DEFAULT = FOLDER / "mst_gan_pruned.safetensors"
 
 
 def save_checkpoint(network: MstGan, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the weights as FP16; ``path`` changes only once the whole file is there."""
+    """Write the weights as FP16; ``path`` changes only once the whole file is there.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; half a file does not stay.
+    """
     state = {name: value.detach().half().contiguous().cpu() for name, value in network.state_dict().items()}
     partial = path.with_name(f"{path.name}.part")
-    save_file(state, partial, {"widths": network.widths.name, **metadata})
-    os.replace(partial, path)
+    try:
+        save_file(state, partial, {"widths": network.widths.name, **metadata})
+        os.replace(partial, path)
+    except (OSError, SafetensorError):
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path: Path) -> MstGan:

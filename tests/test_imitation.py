@@ -96,3 +96,20 @@ def test_average_makes_its_folder_or_says_in_one_line_why_not(tmp_path: Path) ->
         assert result.exit_code == code, result.output
         assert result.output.count("\n") == 1
     assert f"expected to write {out}, found " in result.output
+
+
+def test_average_leaves_no_half_file_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        saved(path, seed)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    result = CliRunner().invoke(
+        main, ["average", *map(str, paths), "--out", str(tmp_path / "mean.safetensors")]
+    )
+    assert result.exit_code == 1
+    assert "No space left on device" in result.output
+    assert sorted(tmp_path.iterdir()) == paths

@@ -22,6 +22,7 @@ from export.network import WIDTHS, MstGan, lucas_kanade
 from export.network.flow_align import Estimate
 from export.network.warp import backward_warp
 from export.sample import sample_clip
+from export.training.device import warn_of_slow_bf16
 from export.training.evaluation import evaluate, mean
 from export.training.footage import SEGMENT, Clip, load_clip, load_folder, truth_factor
 from export.training.losses import flow_loss, motion_loss, temporal_loss, true_flow
@@ -306,6 +307,15 @@ def test_training_lowers_the_loss(footage: Path, tmp_path: Path) -> None:
     batch = trainer.sampler.batch(0, 2)
     losses = [trainer.train_step(batch)["pixel"] for _ in range(40)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(("capability", "is_slow"), [("AVX2", True), ("AVX512", False)])
+def test_slow_bf16_is_warned_of(
+    capability: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    warn_of_slow_bf16(torch.device("cpu"))
+    assert ("leave --bf16 out" in caplog.text) == is_slow
 
 
 def test_run_of_other_widths_is_refused(

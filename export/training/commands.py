@@ -171,7 +171,7 @@ def train(
     from export.training.evaluation import Instruments
     from export.training.imitation import load_teacher
     from export.training.lpips import NAME, load_lpips
-    from export.training.options import OPTIMIZERS, PIXEL_LOSSES, TEMPORAL_WEIGHTS, default_lr
+    from export.training.options import OPTIMIZER_OF, PIXEL_LOSS_OF, TEMPORAL_WEIGHT_OF, default_lr
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
 
@@ -201,10 +201,10 @@ def train(
     distance = load_distilled_vgg(perceptual) if perceptual and perceptual_weight else None
     instruments = Instruments(load_lpips(weights), flicker=True) if weights else None
     options = TrainOptions(
-        objective=objective, optimizer=OPTIMIZERS[objective],
-        pixel_loss=pixel_loss or PIXEL_LOSSES[objective],
+        objective=objective, optimizer=OPTIMIZER_OF[objective],
+        pixel_loss=pixel_loss or PIXEL_LOSS_OF[objective],
         teacher_weight=teacher_weight, hint_weight=hint_weight, turned_teacher=turned_teacher,
-        temporal_weight=TEMPORAL_WEIGHTS[objective] if temporal_weight is None else temporal_weight,
+        temporal_weight=TEMPORAL_WEIGHT_OF[objective] if temporal_weight is None else temporal_weight,
         perceptual_weight=perceptual_weight, adversarial_weight=adversarial_weight,
         discriminator_lr=discriminator_lr,
         photo_share=photo_share, widths=widths, steps=steps,

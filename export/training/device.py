@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 _Network = TypeVar("_Network", bound=nn.Module)
 _Tensors = TypeVar("_Tensors", bound=NamedTuple)
@@ -14,6 +17,12 @@ _Tensors = TypeVar("_Tensors", bound=NamedTuple)
 def find_device() -> torch.device:
     """The GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def warn_of_slow_bf16(device: torch.device) -> None:
+    """Say so where bf16 only costs time; with AVX-512 or AMX it saves some."""
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log.warning("bf16 makes steps several times slower on this processor: leave --bf16 out")
 
 
 def placed(network: _Network, device: torch.device) -> _Network:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-LEARNING_RATES = {"fidelity": 4e-4, "adversarial": 3e-4}
+LEARNING_RATE_OF = {"fidelity": 4e-4, "adversarial": 3e-4}
 FRESH_LEARNING_RATE = 2e-3
 """Of untrained weights: what 250 steps of Muon taught `compact` was most at 4e-3; 1e-2 was too much."""
-OPTIMIZERS = {"fidelity": "muon", "adversarial": "adam"}
-PIXEL_LOSSES = {"fidelity": "mixed", "adversarial": "charbonnier"}
-TEMPORAL_WEIGHTS = {"fidelity": 0.0, "adversarial": 5.0}
+OPTIMIZER_OF = {"fidelity": "muon", "adversarial": "adam"}
+PIXEL_LOSS_OF = {"fidelity": "mixed", "adversarial": "charbonnier"}
+TEMPORAL_WEIGHT_OF = {"fidelity": 0.0, "adversarial": 5.0}
 
 
 def default_lr(objective: str, fresh: bool) -> float:
     """Peak learning rate, of weights that are ``fresh`` or not."""
-    return FRESH_LEARNING_RATE if fresh and objective == "fidelity" else LEARNING_RATES[objective]
+    return FRESH_LEARNING_RATE if fresh and objective == "fidelity" else LEARNING_RATE_OF[objective]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from export.network import WIDTHS
 from export.training.evaluation import Instruments
 from export.training.footage import Clip
 from export.training.imitation import Teacher
-from export.training.options import FRESH_LEARNING_RATE, OPTIMIZERS, PIXEL_LOSSES, TrainOptions
+from export.training.options import FRESH_LEARNING_RATE, OPTIMIZER_OF, PIXEL_LOSS_OF, TrainOptions
 from export.training.perceptual import DistilledVgg
 from export.training.prune import SparseTrainer, find_groups, finish
 from export.training.selection import watched
@@ -162,8 +162,8 @@ def _options(stage: Stage, options: TrainOptions, minutes: float) -> TrainOption
         widths=stage.widths,
         minutes=minutes * stage.share,
         objective=stage.objective,
-        optimizer="adam" if stage.prunes_to else OPTIMIZERS[stage.objective],
-        pixel_loss=stage.pixel_loss or PIXEL_LOSSES[stage.objective],
+        optimizer="adam" if stage.prunes_to else OPTIMIZER_OF[stage.objective],
+        pixel_loss=stage.pixel_loss or PIXEL_LOSS_OF[stage.objective],
         teacher_weight=stage.teacher_weight,
         turned_teacher=stage.turned_teacher,
         lr=stage.lr,

@@ -23,7 +23,7 @@ from export.errors import ExportError
 from export.network import WIDTHS, MstGan
 from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.adversarial import Adversary
-from export.training.device import find_device, placed, placed_all
+from export.training.device import find_device, placed, placed_all, warn_of_slow_bf16
 from export.training.evaluation import Instruments, Score, evaluate, mean
 from export.training.footage import Clip
 from export.training.grow import grow
@@ -84,6 +84,8 @@ class Trainer:
         self.options, self.validation, self.out = options, validation, out
         self.instruments = instruments or Instruments()
         self.device = find_device()
+        if options.bf16:
+            warn_of_slow_bf16(self.device)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         # TF32 for convolutions alone: grids of the photos' known motion are products of matrices, and its
         # ten bits would misplace them by a tenth of a pixel.
