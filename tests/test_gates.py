@@ -51,14 +51,14 @@ def test_int8_passes_on_real_frames(verdict: Verdict) -> None:
 def test_a_damaged_generator_fails_by_name_and_number(stages: dict[str, Path], tmp_path: Path) -> None:
     model = onnx.load(stages["generator"])
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tail.bias")
-    flicker = np.tile(np.array([0.1, -0.1], np.float32), 24)
+    flicker = np.tile(np.array([0.2, -0.2], np.float32), 24)
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + flicker, "tail.bias"))
     onnx.save(model, tmp_path / "damaged.onnx")
 
     verdict = judge_generator("int8", tmp_path / "damaged.onnx", "fp32", stages, judge_speed=False)
 
     assert verdict.psnr_loss_db > 1
-    assert verdict.max_error >= 24
+    assert verdict.max_error > 40
     assert verdict.tof_gain_px > 0
     assert verdict.failures[0] == f"loses {verdict.psnr_loss_db:.3f} dB (at most 0.1)"
     assert verdict.failures[1].startswith("differs by up to ")
