@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +14,11 @@ from onnx import numpy_helper
 from tiny_network import LIGHT, TINY, shake
 from torch import Tensor, nn
 
+from export import rungs, spec
 from export.checkpoint import load_checkpoint
 from export.network import Generator, MstGan
 from export.quantize import CPU_WEIGHT_LEVEL
+from export.repository import stage_path
 from export.rounding import rounded_weights, with_weights
 from export.sample import calibration_windows, reduced_windows
 
@@ -91,11 +94,20 @@ def test_a_layer_seen_in_too_few_places_is_rounded_to_the_nearest() -> None:
     torch.testing.assert_close(rounded[name], to_nearest(weight))
 
 
-def test_what_was_rounded_is_what_is_served(checkpoint: Path, built: Path) -> None:
-    network = load_checkpoint(checkpoint)
-    windows = [generator_inputs(network, window) for window in calibration_windows()]
-    rounded = rounded_weights(network.generator, windows, CPU_WEIGHT_LEVEL)
-    graph = onnx.load(built / "build/generator.int8.onnx").graph
+def test_what_was_rounded_is_what_is_served(
+    checkpoint: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded: dict[str, Tensor] = {}
+
+    def kept(*args: Any) -> dict[str, Tensor]:
+        rounded.update(rounded_weights(*args))
+        return rounded
+
+    monkeypatch.setattr(rungs, "rounded_weights", kept)
+    monkeypatch.setattr(rungs, "judge_generator", lambda *_, **__: None)
+    stages = {stage.name: stage_path(built / "build", stage) for stage in spec.STAGES}
+    rungs.build_rung("cpu", load_checkpoint(checkpoint), stages, tmp_path, calibration_windows()[:2])
+    graph = onnx.load(tmp_path / "generator.int8.onnx").graph
     served = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for name in ("full", "join", "detail.0.conv2", "tail"):
         weight = rounded[name]
