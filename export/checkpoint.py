@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from export.errors import ExportError
+from export.folders import written_whole
 from export.network import WIDTHS, MstGan
 
 FOLDER = Path(__file__).parent / "checkpoints"
@@ -23,13 +23,8 @@ def save_checkpoint(network: MstGan, path: Path, metadata: Mapping[str, str]) ->
         OSError, SafetensorError: it cannot be written; half a file does not stay.
     """
     state = {name: value.detach().half().contiguous().cpu() for name, value in network.state_dict().items()}
-    partial = path.with_name(f"{path.name}.part")
-    try:
+    with written_whole(path) as partial:
         save_file(state, partial, {"widths": network.widths.name, **metadata})
-        os.replace(partial, path)
-    except (OSError, SafetensorError):
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path: Path) -> MstGan:

@@ -32,6 +32,7 @@ from export import spec
 from export.cpu_graph import scalars, tail_first
 from export.network import Generator
 from export.network.frames import frames_from_window
+from export.network.layers import convolutions
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +171,9 @@ def sensitivity(
         unrounded = (frames_from_window(lr_window), flow, aligned.float() / 255)
         reference = generator.generate(*unrounded)
         rows, macs = [], []
-        for name, module in generator.named_modules():
-            if not isinstance(module, nn.Conv2d):
-                continue
+        for name, conv in convolutions(generator).items():
             source, target = (_levels(ranges[tensor], symmetric) for tensor in activations[name])
-            with _fake_quantised(module, source, target, weights[name]) as counted:
+            with _fake_quantised(conv, source, target, weights[name]) as counted:
                 noise = float((generator.generate(*unrounded) - reference).square().mean())
             rows.append((name, noise))
             macs.append(counted[0])

@@ -262,7 +262,7 @@ def _decide(
         ", ".join(f"{layer.name} {layer.psnr_db:.1f} dB" for layer in layers[:3]),
     )  # fmt: skip
     return _Quantisation(
-        ranges, left_float, {name: weights[name] for name in weights if name not in left_float}
+        ranges, left_float, {name: weight for name, weight in weights.items() if name not in left_float}
     )
 
 

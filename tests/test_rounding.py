@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from tiny_network import LIGHT, TINY, shake
-from torch import Tensor, nn
+from torch import Tensor
 
 from export import rungs, spec
 from export.checkpoint import load_checkpoint
-from export.network import Generator, MstGan
+from export.network import MstGan
+from export.network.layers import convolutions
 from export.quantize import CPU_WEIGHT_LEVEL
 from export.repository import stage_path
 from export.rounding import rounded_weights, with_weights
@@ -34,10 +35,6 @@ def generator_inputs(network: MstGan, lr_window: np.ndarray) -> list[Tensor]:
 def to_nearest(weight: Tensor) -> Tensor:
     scale = weight.abs().amax((1, 2, 3), keepdim=True) / LEVEL
     return (weight / scale).round() * scale
-
-
-def convolutions(generator: Generator) -> dict[str, nn.Conv2d]:
-    return {name: module for name, module in generator.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 @pytest.fixture(scope="module")

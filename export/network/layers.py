@@ -19,6 +19,11 @@ def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
+    """All of them, by name, in the network's order."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+
+
 class ResidualBlock(nn.Module):
     """x + conv(relu(conv(x))); starts as the identity."""
 

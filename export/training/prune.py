@@ -24,7 +24,6 @@ import csv
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from export.checkpoint import save_checkpoint
 from export.errors import ExportError
+from export.folders import written_whole
 from export.network import MstGan, Widths, count
 from export.training.evaluation import evaluate, mean
 from export.training.footage import Clip
@@ -234,12 +234,10 @@ class SparseTrainer(Trainer):
     def save(self) -> None:
         """As ``Trainer.save``, then the importance; one that is a few steps older does no harm."""
         super().save()
-        partial = self.out / f"{IMPORTANCE_FILE}.part"
         try:
-            save_file(self.importance, partial)
-            os.replace(partial, self.out / IMPORTANCE_FILE)
+            with written_whole(self.out / IMPORTANCE_FILE) as partial:
+                save_file(self.importance, partial)
         except (OSError, SafetensorError) as err:
-            partial.unlink(missing_ok=True)
             raise ExportError(
                 f"expected to save the importance to {self.out}, found {err}; what was saved before is "
                 "intact: make room and start again to resume from it"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from export.checkpoint import save_checkpoint
 from export.errors import ExportError
+from export.folders import written_whole
 from export.network import WIDTHS, MstGan
 from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.adversarial import Adversary
@@ -169,7 +169,6 @@ class Trainer:
         """
         weights = [weight.detach().sum() for weight in self.network.parameters()]
         self._require_finite(torch.stack(weights).sum(), "sum of weights")
-        partial = self.out / f"{STATE_FILE}.part"
         state = {
             "widths": self.options.widths,
             "step": self.step,
@@ -183,9 +182,9 @@ class Trainer:
             state["adapters"] = self.imitation.adapters.state_dict()
         if self.adversary and self.selection:
             state |= {"adversary": self.adversary.state_dict(), "selection": self.selection.state_dict()}
-        with self._guard(partial):
-            torch.save(state, partial)
-            os.replace(partial, self.out / STATE_FILE)
+        with self._guard():
+            with written_whole(self.out / STATE_FILE) as partial:
+                torch.save(state, partial)
             self._save_average(self.out / EMA_FILE)
 
     def _save_average(self, path: Path) -> None:
@@ -199,12 +198,11 @@ class Trainer:
         save_checkpoint(self.ema, path, {"recipe": json.dumps(recipe)})
 
     @contextmanager
-    def _guard(self, partial: Path) -> Iterator[None]:
-        """Turn a failed write into one line, and take the half of a file away."""
+    def _guard(self) -> Iterator[None]:
+        """Turn a failed write into one line."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as err:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
             raise ExportError(
                 f"expected to save step {self.step} to {self.out}, found {str(err).partition(chr(10))[0]}; "
                 "what was saved before is intact: make room and start again to resume from it"
@@ -351,9 +349,8 @@ class Trainer:
         score = self.score()
         found = score.network
         if self.selection and self.selection.admit(found, self.step):
-            path = self.out / BEST_FILE
-            with self._guard(path.with_name(f"{path.name}.part")):
-                self._save_average(path)
+            with self._guard():
+                self._save_average(self.out / BEST_FILE)
             log.info(
                 "step %d: the best so far, LPIPS %.4f, tOF %.3f px", self.step, found.lpips, found.tof_px
             )
