@@ -46,17 +46,17 @@ class PyramidWidths(Widths):
 
 BASELINE = PyramidWidths(
     name="baseline",
-    encoder_inner=(64, 128, 256, 576),
-    context_inner=128,
-    detail_inner=(48, 48, 48, 48, 48, 48),
-    up=48,
+    encoder_inner=(32, 64, 256, 592),
+    context_inner=96,
+    detail_inner=(64, 64, 64, 64, 64, 64),
+    up=32,
 )
 
 PRUNED = PyramidWidths(
     name="pruned",
     encoder_inner=(16, 16, 48, 480),
     context_inner=16,
-    detail_inner=(32, 32, 32, 32, 48, 48),  # the last two do most: of them nothing goes
+    detail_inner=(32, 32, 32, 32, 48, 48),  # the last two do most, and keep most
     up=16,
 )
 
