@@ -151,14 +151,18 @@ def _load_footage(
 @click.option(
     "--lr", type=float, show_default="2e-3; with --init 4e-4; adversarial: 3e-4", help="Peak learning rate."
 )
+@click.option(
+    "--decay-share", type=click.FloatRange(0, 1, min_open=True), default=0.4,
+    help="Of the run, its last: the learning rate falls.",
+)  # fmt: skip
 def train(
     clips: Path, photos: Path | None, validation: Path, out: Path, cache: Path, init: Path | None,
     objective: str, teachers: tuple[Path, ...], teacher_weight: float, hint_weight: float,
     turned_teacher: bool, pixel_loss: str | None, temporal_weight: float | None,
     perceptual: Path | None, perceptual_weight: float, adversarial_weight: float, discriminator_lr: float,
     weights: Path | None, drawings: int, photo_share: float, widths: str, steps: int,
-    minutes: float | None, batch: int, patch: int, lr: float | None, warmup: int, seed: int,
-    bf16: bool | None, compiled: bool, hold: bool, validate_every: int,
+    minutes: float | None, batch: int, patch: int, lr: float | None, decay_share: float, warmup: int,
+    seed: int, bf16: bool | None, compiled: bool, hold: bool, validate_every: int,
 ) -> None:  # fmt: skip
     """Train for fidelity, a teacher, or against a discriminator; Ctrl-C saves, the same command goes on.
 
@@ -209,7 +213,8 @@ def train(
         discriminator_lr=discriminator_lr,
         photo_share=photo_share, widths=widths, steps=steps,
         minutes=minutes, batch=batch, patch=patch,
-        lr=default_lr(objective, fresh=not init) if lr is None else lr, warmup=warmup, seed=seed,
+        lr=default_lr(objective, fresh=not init) if lr is None else lr, decay_share=decay_share,
+        warmup=warmup, seed=seed,
         bf16=torch.cuda.is_available() if bf16 is None else bf16, compile=compiled, hold=hold,
         validate_every=validate_every,
     )  # fmt: skip
