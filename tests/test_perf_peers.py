@@ -338,6 +338,9 @@ def test_a_gpu_is_one_more_column() -> None:
     )
     assert lines["RSDN"][-2:] == ("-", "-")
 
+    elsewhere = {**gpu, "rows": [{**row, "size": [720, 1280], "peak_gpu_memory_mb": 700.0}]}
+    assert len(papers_lines(peers=here, gpu=elsewhere)["EDVR-L"]) == 5  # nothing to show, and so no column
+
 
 def test_a_network_that_fails_leaves_the_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -57,13 +57,14 @@ def _units(result: Result, lines: list[dict[str, Any]]) -> Section:
 def _measured(results: dict[str, Result], peers: list[Result], lines: list[dict[str, Any]]) -> Section:
     size = peers[0]["size"]
     gpu = [result for name, result in results.items() if result["kind"] == "gpu"]
+    there = [_on_gpu(line, gpu[0], peers, size) for line in lines] if gpu else []
+    if not any(cell != NOTHING for cells in there for cell in cells):
+        gpu = []  # measured at other sizes
     rows = []
-    for line in lines:
+    for index, line in enumerate(lines):
         row = [line["name"], line["ms"], line["fps"], line["memory"]]
         row += _here(line, results, peers, size)
-        if gpu:
-            row += _on_gpu(line, gpu[0], peers, size)
-        rows.append(tuple(row))
+        rows.append((*row, *(there[index] if gpu else ())))
     # A GPU's column names its machine itself.
     kinds = ("peers", "ladder")
     here = [one for one in results.values() if one["kind"] in kinds and not one["machine"]["gpu"]]
@@ -87,7 +88,7 @@ def _measured(results: dict[str, Result], peers: list[Result], lines: list[dict[
             f"{result['name']}: {machine_of(result)}, {result['machine']['date']}, "
             f"commit {result['machine']['commit']}"
             for result in results.values()
-            if result["kind"] in ("peers", "ladder", "gpu")
+            if result["kind"] in kinds or result in gpu
         ),
     )
 
