@@ -57,14 +57,13 @@ def _units(result: Result, lines: list[dict[str, Any]]) -> Section:
 def _measured(results: dict[str, Result], peers: list[Result], lines: list[dict[str, Any]]) -> Section:
     size = peers[0]["size"]
     gpu = [result for name, result in results.items() if result["kind"] == "gpu"]
-    there = [_on_gpu(line, gpu[0], peers, size) for line in lines] if gpu else []
-    if not any(cell != NOTHING for cells in there for cell in cells):
-        gpu = []  # measured at other sizes
-    rows = []
-    for index, line in enumerate(lines):
-        row = [line["name"], line["ms"], line["fps"], line["memory"]]
-        row += _here(line, results, peers, size)
-        rows.append((*row, *(there[index] if gpu else ())))
+    there = [_on_gpu(line, gpu[0], peers, size) if gpu else [] for line in lines]
+    if all(cell == NOTHING for cells in there for cell in cells):
+        gpu, there = [], [[] for _ in lines]  # none, or measured at other sizes
+    rows = [
+        (line["name"], line["ms"], line["fps"], line["memory"], *_here(line, results, peers, size), *cells)
+        for line, cells in zip(lines, there, strict=True)
+    ]
     # A GPU's column names its machine itself.
     kinds = ("peers", "ladder")
     here = [one for one in results.values() if one["kind"] in kinds and not one["machine"]["gpu"]]
