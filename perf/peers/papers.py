@@ -57,7 +57,7 @@ def _units(result: Result, lines: list[dict[str, Any]]) -> Section:
 def _measured(results: dict[str, Result], peers: list[Result], lines: list[dict[str, Any]]) -> Section:
     size = peers[0]["size"]
     gpu = [result for name, result in results.items() if result["kind"] == "gpu"]
-    there = [_on_gpu(line, gpu[0], peers, size) if gpu else [] for line in lines]
+    there = [_on_gpu(line, gpu[0], peers, size) for line in lines] if gpu else []
     if all(cell == NOTHING for cells in there for cell in cells):
         gpu, there = [], [[] for _ in lines]  # none, or measured at other sizes
     rows = [
