@@ -11,7 +11,7 @@ EVALUATE_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 MODELS := model_repository/generator/1/model.onnx
-EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py)
+EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py export/data/*.py export/metrics/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench measure gpu ladder report evaluate clean

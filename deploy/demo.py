@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from deploy.embedded.server import TritonServer
-from export.sample import sample_clip
+from export.data.clips import SCALER
+from export.data.degradations import bi
+from export.data.sample import sample_clip
+from export.metrics.bicubic import bicubic
+from export.metrics.collage import Frame, draw_collage, lossiest_crop
+from export.metrics.psnr_ssim import psnr_y, ssim_y
 from export.spec import MULTIPLE_OF, SCALE
-from export.training.evaluation import bicubic
-from export.training.footage import SCALER
-from export.training.metrics import psnr_y, ssim_y
-from export.training.pictures import Frame, compare, lossiest_crop
-from export.training.windows import downscale
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "build" / "demo"
@@ -52,7 +52,7 @@ def main() -> None:
     # Frame and detail are where bicubic loses most: chosen before seeing our answer.
     index = int(np.argmin([psnr_y(a, b) for a, b in zip(enlarged, truth, strict=True)]))
     corner = lossiest_crop(enlarged[index], truth[index])
-    compare(picture, corner, {"bicubic": enlarged[index], "MST-GAN": ours[index], "truth": truth[index]})
+    draw_collage(picture, corner, {"bicubic": enlarged[index], "MST-GAN": ours[index], "truth": truth[index]})
     for name, (psnr, ssim) in table.items():
         log.info("%-8s PSNR-Y %.2f dB  SSIM-Y %.4f", name, psnr, ssim)
     for path in (lr_path, hr_path, picture):
@@ -92,7 +92,7 @@ def write_lossless(path: Path, frames: Sequence[Frame], rate: Fraction) -> None:
 def reduce(frame: Frame) -> Frame:
     """(4H, 4W, 3) -> (H, W, 3), the degradation that the network was trained on."""
     hr = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
-    return (downscale(hr)[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return (bi(hr)[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def bicubic_frame(frame: Frame) -> Frame:

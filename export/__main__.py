@@ -59,6 +59,7 @@ def build(
     """Checkpoint -> ONNX -> the target's precision -> parity checks -> model repository."""
     from export import gates, parity, plan_gate
     from export.checkpoint import DEFAULT, load_checkpoint
+    from export.data.sample import calibration_windows
     from export.gpus import compute_capabilities
     from export.onnx_export import export_onnx
     from export.plan import identity_path
@@ -71,7 +72,6 @@ def build(
         check_target,
         default_target,
     )
-    from export.sample import calibration_windows
     from export.spec import FLOW_ALIGN, GENERATOR
 
     target = target or default_target()
@@ -133,10 +133,10 @@ def plans(
     """TensorRT plans of every stage, the generator in FP16 and INT8, from what build has exported."""
     from export import gates
     from export.checkpoint import DEFAULT, load_checkpoint
+    from export.data.sample import calibration_windows
     from export.plan import load_library
     from export.repository import stage_path
     from export.rungs import build_for_tensorrt, build_plans
-    from export.sample import calibration_windows
     from export.spec import STAGES
 
     load_library(library)

@@ -15,11 +15,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export import spec
+from export.data.sample import Frames, reduced_windows, sample_windows
 from export.errors import ExportError
+from export.metrics.psnr_ssim import psnr_y
+from export.metrics.tof import Flow, flows, tof
 from export.parity import REPORT, TOLERANCES
-from export.sample import Frames, reduced_windows, sample_windows
-from export.training.flicker import Flow, flows, tof
-from export.training.metrics import psnr_y
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
 
 from export import spec
+from export.data.sample import sample_windows
 from export.errors import ExportError
 from export.network import MstGan
-from export.sample import sample_windows
 
 log = logging.getLogger(__name__)
 

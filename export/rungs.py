@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export import spec
 from export.cpu_graph import cpu_graph
+from export.data.sample import Frames, reduced_windows
 from export.errors import ExportError
 from export.fp16 import to_fp16
 from export.gates import Verdict, judge_generator
@@ -46,7 +47,6 @@ from export.repository import (
     stage_path,
 )
 from export.rounding import rounded_weights, with_weights
-from export.sample import Frames, reduced_windows
 from export.tensorrt_graph import quantise_for_tensorrt, tensorrt_graph
 
 log = logging.getLogger(__name__)

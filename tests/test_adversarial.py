@@ -13,13 +13,13 @@ from tiny_network import TINY, shake
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
+from export.data.clips import SEGMENT, Clip
 from export.errors import ExportError
+from export.metrics.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.network import MstGan
 from export.training.adversarial import NOISE, Adversary
 from export.training.discriminator import Discriminator
 from export.training.evaluation import Instruments, Measures, Score
-from export.training.footage import SEGMENT, Clip
-from export.training.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg, load_distilled_vgg
 from export.training.selection import Selection, watched

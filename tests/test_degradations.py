@@ -11,10 +11,10 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from export.data.degradations import DEGRADATIONS, degrade
+from export.data.sample import sample_clip
 from export.errors import ExportError
-from export.sample import sample_clip
-from export.training.degradations import DEGRADATIONS, degrade
-from export.training.metrics import psnr_y
+from export.metrics.psnr_ssim import psnr_y
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +102,17 @@ def test_real_differs_by_seed_and_by_window(hr: Tensor) -> None:
 def test_codecs_keep_the_order_of_frames_and_lose_detail(
     h264: float, jpeg: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.training.degradations.H264_SHARE", h264)
-    monkeypatch.setattr("export.training.degradations.JPEG_SHARE", jpeg)
-    monkeypatch.setattr("export.training.degradations.MAX_NOISE", 0.0)
-    monkeypatch.setattr("export.training.degradations.MAX_SHOT_NOISE", 0.0)
+    monkeypatch.setattr("export.data.degradations.H264_SHARE", h264)
+    monkeypatch.setattr("export.data.degradations.JPEG_SHARE", jpeg)
+    monkeypatch.setattr("export.data.degradations.MAX_NOISE", 0.0)
+    monkeypatch.setattr("export.data.degradations.MAX_SHOT_NOISE", 0.0)
     levels = torch.tensor([0.2, 0.5, 0.8]).view(1, 3, 1, 1, 1)
     texture = 0.1 * torch.rand(1, 3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     flat = degrade("real", levels.expand(1, 3, 3, 128, 128), np.random.default_rng(5))
     torch.testing.assert_close(flat.mean((2, 3, 4)), levels.flatten(1), atol=0.02, rtol=0)
     busy = degrade("real", levels + texture, np.random.default_rng(5))
-    monkeypatch.setattr("export.training.degradations.H264_SHARE", 0.0)
-    monkeypatch.setattr("export.training.degradations.JPEG_SHARE", 0.0)
+    monkeypatch.setattr("export.data.degradations.H264_SHARE", 0.0)
+    monkeypatch.setattr("export.data.degradations.JPEG_SHARE", 0.0)
     uncompressed = degrade("real", levels + texture, np.random.default_rng(5))
     assert not torch.equal(busy, uncompressed)
     assert (busy - uncompressed).abs().mean() < 0.05

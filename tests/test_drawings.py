@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from export.training import drawings
-from export.training.drawings import CANVAS, MOTIFS, SIDE, draw, draw_all
-from export.training.footage import Clip
-from export.training.windows import WindowSampler
+from export.data import line_art as drawings
+from export.data.clips import Clip
+from export.data.line_art import CANVAS, MOTIFS, SIDE, draw, draw_all
+from export.data.windows import WindowSampler
 
 
 def test_a_drawing_is_a_photo_and_always_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from deploy.demo import bicubic_frame, read_frames, reduce, scores, write_lossle
 from deploy.embedded.server import TritonServer
 from export import spec
 from export.checkpoint import DEFAULT, load_checkpoint
-from export.sample import sample_clip, sample_windows
+from export.data.sample import sample_clip, sample_windows
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 

@@ -17,19 +17,19 @@ from tiny_network import TINY
 
 from export.__main__ import main
 from export.checkpoint import save_checkpoint
+from export.data.sample import sample_clip
 from export.errors import ExportError
+from export.metrics import lpips as lpips_module
+from export.metrics import vmaf as vmaf_module
+from export.metrics.collage import COLUMN_PX, CROP, lossiest_crop
+from export.metrics.lpips import NAME, Lpips, load_lpips
+from export.metrics.psnr_ssim import luma, ssim_y
+from export.metrics.tof import flows, tof
+from export.metrics.vmaf import vmaf
 from export.network import MstGan
-from export.sample import sample_clip
-from export.training import lpips as lpips_module
-from export.training import vmaf as vmaf_module
 from export.training.curves import draw_curves
 from export.training.evaluation import Measures, Score, mean
-from export.training.flicker import flows, tof
-from export.training.lpips import NAME, Lpips, load_lpips
-from export.training.metrics import luma, ssim_y
-from export.training.pictures import COLUMN_PX, CROP, lossiest_crop
 from export.training.tables import markdown
-from export.training.vmaf import vmaf
 
 pytestmark = pytest.mark.usefixtures("tiny_widths")
 

@@ -16,9 +16,9 @@ from tiny_network import LIGHT, TINY, run_build, shake
 from export import onnx_export, parity, spec
 from export.__main__ import main
 from export.checkpoint import DEFAULT, load_checkpoint, save_checkpoint
+from export.data.sample import sample_windows
 from export.network import PRUNED, WIDTHS, MstGan
 from export.repository import WITH_RUNGS, stage_path
-from export.sample import sample_windows
 
 
 def installed(folder: Path) -> list[Path]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from export.data.clips import SEGMENT, Clip, load_folder
+from export.data.sample import sample_clip
+from export.data.windows import WindowSampler
 from export.errors import ExportError
-from export.sample import sample_clip
-from export.training.footage import SEGMENT, Clip, load_folder
 from export.training.held import HeldFootage
-from export.training.windows import WindowSampler
 
 
 def write_sequence(folder: Path, frames: np.ndarray, suffix: str = "png") -> Path:

@@ -15,8 +15,8 @@ from tiny_network import run_build
 
 from export import gates, onnx_export, rungs, spec
 from export.gates import Verdict, judge_generator
+from export.metrics.tof import flows, tof
 from export.repository import stage_path
-from export.training.flicker import flows, tof
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from tiny_network import run_build
 
 from export import plan, plan_gate, rungs, spec
 from export.checkpoint import load_checkpoint
+from export.data.sample import calibration_windows
 from export.errors import ExportError
 from export.gates import Verdict
 from export.plan import Identity, build_plan, check_plan, identity_path
 from export.plan_gate import PlanVerdict
 from export.repository import sha256, stage_path
-from export.sample import calibration_windows
 
 RTX = "tensorrt_rtx"
 
@@ -242,8 +242,9 @@ vars(fake).update({k: v for k, v in vars(rtx).items() if k != "__name__"}, __ver
 sys.modules["tensorrt"] = fake
 
 from click.testing import CliRunner
-from export import onnx_export, parity, plan, plan_gate, rungs, sample, spec
+from export import onnx_export, parity, plan, plan_gate, rungs, spec
 from export.__main__ import main
+from export.data import sample
 from export.network import WIDTHS
 from export.repository import sha256, stage_path
 from tiny_network import TINY, run_build

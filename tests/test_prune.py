@@ -18,9 +18,9 @@ from torch import Tensor
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
+from export.data.clips import Clip
 from export.errors import ExportError
 from export.network import BASELINE, PRUNED, WIDTHS, MstGan, count
-from export.training.footage import Clip
 from export.training.prune import Group, SparseTrainer, find_groups, finish, prune, shrink_, taylor
 from export.training.trainer import Trainer, TrainOptions
 

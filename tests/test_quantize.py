@@ -16,10 +16,10 @@ from onnxruntime.quantization.calibrate import TensorsData
 
 from export import spec
 from export.cpu_graph import cpu_graph
+from export.data.sample import calibration_windows
 from export.errors import ExportError
 from export.quantize import Feeds, Layer, calibrate, chosen_float, quantise_for_cpu
 from export.rungs import INT8_BUDGET_DB
-from export.sample import calibration_windows
 
 RESIDUAL_ADDS = 4 + 3 + 1 + 1  # of the tiny network: encoder, top-down, context, detail
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint
+from export.data.clips import SEGMENT
+from export.metrics.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.network import WIDTHS
-from export.training.footage import SEGMENT
-from export.training.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.training.perceptual import DistilledVgg
 from export.training.recipe import RESERVE, STAGES, planned
 from export.training.trainer import Trainer

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from export.data.clips import Clip
+from export.data.windows import Batch, WindowSampler
 from export.errors import ExportError
 from export.training import recorded, trainer
 from export.training.device import placed_all
-from export.training.footage import Clip
 from export.training.held import HeldFootage, Located
 from export.training.recorded import RecordedUpdate, located_from
 from export.training.trainer import Trainer, TrainOptions
-from export.training.windows import Batch, WindowSampler
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from export import rungs, spec
 from export.checkpoint import load_checkpoint
+from export.data.sample import calibration_windows, reduced_windows
 from export.network import MstGan
 from export.network.layers import convolutions
 from export.quantize import CPU_WEIGHT_LEVEL
 from export.repository import stage_path
 from export.rounding import rounded_weights, with_weights
-from export.sample import calibration_windows, reduced_windows
 
 LEVEL = 16  # coarse, so that what rounding costs stands out
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tiny_network import LIGHT, TINY, random_window, shake
 
 from export.checkpoint import load_checkpoint
+from export.data.clips import SEGMENT, Clip
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan, Widths
 from export.network.frames import frames_from_window
-from export.training.footage import SEGMENT, Clip
 from export.training.grow import grow
 from export.training.trainer import EMA_FILE, Trainer, TrainOptions
 

@@ -17,19 +17,20 @@ from tiny_network import TINY
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
+from export.data.clips import SEGMENT, Clip, load_clip, load_folder, truth_factor
+from export.data.degradations import bi
+from export.data.sample import sample_clip
+from export.data.windows import Batch, WindowSampler, windowed
 from export.errors import ExportError
+from export.metrics.collage import COLUMN_PX
+from export.metrics.psnr_ssim import luma, psnr_y, ssim_y
 from export.network import WIDTHS, MstGan, lucas_kanade
 from export.network.flow_align import Estimate
 from export.network.warp import backward_warp
-from export.sample import sample_clip
 from export.training.device import warn_of_slow_bf16
 from export.training.evaluation import evaluate, mean
-from export.training.footage import SEGMENT, Clip, load_clip, load_folder, truth_factor
 from export.training.losses import flow_loss, motion_loss, temporal_loss, true_flow
-from export.training.metrics import luma, psnr_y, ssim_y
-from export.training.pictures import COLUMN_PX
 from export.training.trainer import Trainer, TrainOptions
-from export.training.windows import Batch, WindowSampler, downscale, windowed
 
 pytestmark = pytest.mark.usefixtures("tiny_widths")
 
@@ -175,7 +176,7 @@ def test_long_crops_are_windows_in_a_row(footage: Path, tmp_path: Path) -> None:
 def test_downscale_equals_pillow() -> None:
     picture = np.random.default_rng(0).random((64, 96), dtype=np.float32)
     expected = Image.fromarray(picture, mode="F").resize((24, 16), Image.Resampling.BICUBIC)
-    ours = downscale(torch.from_numpy(picture).expand(1, 3, -1, -1))[0, 0].numpy()
+    ours = bi(torch.from_numpy(picture).expand(1, 3, -1, -1))[0, 0].numpy()
     np.testing.assert_allclose(ours, np.clip(np.asarray(expected), 0, 1), atol=0.5 / 255 + 1e-5)
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from export import spec
 from export.__main__ import main
+from export.data.degradations import bi
 from export.network import MstGan, PyramidWidths, Widths
-from export.training.windows import downscale
 
 TINY = PyramidWidths(
     name="tiny",
@@ -38,7 +38,7 @@ def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.T
 def frames_of(windows: int) -> torch.Tensor:
     """(windows, 3, 3, 32, 32), 0..1: noise, as training shows frames to a network."""
     noise = torch.Generator().manual_seed(0)
-    return downscale(torch.rand(windows, spec.WINDOW, 3, 128, 128, generator=noise))
+    return bi(torch.rand(windows, spec.WINDOW, 3, 128, 128, generator=noise))
 
 
 def export_single_image(network: nn.Module, path: Path) -> Path:

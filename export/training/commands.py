@@ -17,7 +17,7 @@ from export.errors import ExportError
 from export.folders import BUILD
 
 if TYPE_CHECKING:
-    from export.training.footage import Clip
+    from export.data.clips import Clip
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,9 @@ def _load_footage(
     clips: Path, photos: Path | None, drawings: int, validation: Path, cache: Path, patch: int
 ) -> tuple[list[Clip], list[Clip], list[Clip]]:
     """Clips and stills of at least ``patch`` pixels a side to train on, and the clips held back."""
-    from export.training.drawings import draw_all
-    from export.training.footage import load_folder
-    from export.training.pictures import CROP
+    from export.data.clips import load_folder
+    from export.data.line_art import draw_all
+    from export.metrics.collage import CROP
 
     names = validation.read_text().split()
     # A larger patch must not leave fewer to score on: runs would not compare, nor with ``evaluate``.
@@ -172,9 +172,9 @@ def train(
     import torch
 
     from export.checkpoint import load_checkpoint
+    from export.metrics.lpips import NAME, load_lpips
     from export.training.evaluation import Instruments
     from export.training.imitation import load_teacher
-    from export.training.lpips import NAME, load_lpips
     from export.training.options import OPTIMIZER_OF, PIXEL_LOSS_OF, TEMPORAL_WEIGHT_OF, default_lr
     from export.training.perceptual import load_distilled_vgg
     from export.training.trainer import STATE_FILE, Trainer, TrainOptions
@@ -315,9 +315,9 @@ def train_all(
 
     Ctrl-C saves, the same command goes on. export/training/recipe.py has the stages and their shares.
     """
+    from export.metrics.lpips import load_lpips
     from export.training.evaluation import Instruments
     from export.training.imitation import load_teacher
-    from export.training.lpips import load_lpips
     from export.training.options import TrainOptions
     from export.training.perceptual import load_distilled_vgg
     from export.training.recipe import Footage
@@ -370,14 +370,14 @@ def evaluate(
     from rich.progress import Progress
 
     from export.checkpoint import DEFAULT, load_checkpoint
+    from export.data.clips import load_folder
+    from export.metrics.collage import CROP
+    from export.metrics.lpips import NAME, load_lpips
+    from export.metrics.vmaf import PACKAGE, has_vmaf
     from export.training import evaluation
     from export.training.curves import draw_curves
     from export.training.device import find_device
-    from export.training.footage import load_folder
-    from export.training.lpips import NAME, load_lpips
-    from export.training.pictures import CROP
     from export.training.tables import markdown
-    from export.training.vmaf import PACKAGE, has_vmaf
 
     if segments < 1:
         raise ExportError(f"expected --segments of at least 1, found {segments}")

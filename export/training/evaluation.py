@@ -11,17 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.network import MstGan, PixelShuffle
-from export.network.bicubic import BicubicSubpixels
-from export.network.frames import grey_levels
-from export.spec import CHANNELS, MULTIPLE_OF, SCALE, WINDOW
-from export.training.degradations import degrade
-from export.training.flicker import flows, tof
-from export.training.footage import Clip
-from export.training.lpips import Lpips
-from export.training.metrics import psnr_y, ssim_y
-from export.training.pictures import Frame, compare, lossiest_crop
-from export.training.vmaf import vmaf
+from export.data.clips import Clip
+from export.data.degradations import degrade
+from export.metrics.bicubic import bicubic
+from export.metrics.collage import Frame, draw_collage, lossiest_crop
+from export.metrics.lpips import Lpips
+from export.metrics.psnr_ssim import psnr_y, ssim_y
+from export.metrics.tof import flows, tof
+from export.metrics.vmaf import vmaf
+from export.network import MstGan
+from export.spec import MULTIPLE_OF, SCALE, WINDOW
 
 Upscale = Callable[[Tensor], Tensor]
 """(1, 3, H, W, 3) uint8 -> (1, 4H, 4W, 3) uint8."""
@@ -90,12 +89,6 @@ class _Segment:
     moving: list[NDArray[np.bool_]]
     """(4H, 4W) each: where the frames before and after differ."""
     true_flows: list[NDArray[np.float32]] = field(default_factory=list)
-
-
-def bicubic(lr_window: Tensor) -> Tensor:
-    """The centre frame upscaled by Keys' cubic: what every score is compared with."""
-    centre = lr_window[:, MARGIN].permute(0, 3, 1, 2).float() / 255
-    return PixelShuffle()(grey_levels(BicubicSubpixels(CHANNELS, SCALE).to(centre.device)(centre)))
 
 
 def single(network: Upscale) -> Upscale:
@@ -232,7 +225,7 @@ def illustrate(networks: Mapping[str, MstGan], clip: Clip, path: Path, degradati
     frames = {"bicubic": enlarged[worst]}
     frames |= {name: _answers(network, window, device)[0] for name, network in networks.items()}
     frames["truth"] = segment.truth[worst]
-    compare(path, lossiest_crop(enlarged[worst], segment.truth[worst], segment.moving[worst]), frames)
+    draw_collage(path, lossiest_crop(enlarged[worst], segment.truth[worst], segment.moving[worst]), frames)
 
 
 def as_json(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[dict[str, object]]]:

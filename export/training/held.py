@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.data.clips import Clip
+from export.data.windows import Batch, Drawn, WindowSampler, known_motion, moved
 from export.errors import ExportError
 from export.spec import CHANNELS
-from export.training.footage import Clip
-from export.training.windows import Batch, Drawn, WindowSampler, known_motion, moved
 
 HELD_SHARE = 0.5  # of a GPU's free memory that footage may take; the rest is for training
 

@@ -35,11 +35,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.checkpoint import save_checkpoint
+from export.data.clips import Clip
 from export.errors import ExportError
 from export.folders import written_whole
 from export.network import MstGan, Widths, count
 from export.training.evaluation import evaluate, mean
-from export.training.footage import Clip
 from export.training.trainer import Trainer, TrainOptions
 
 log = logging.getLogger(__name__)

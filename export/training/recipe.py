@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.checkpoint import load_checkpoint
+from export.data.clips import Clip
 from export.errors import ExportError
 from export.network import WIDTHS
 from export.training.evaluation import Instruments
-from export.training.footage import Clip
 from export.training.imitation import Teacher
 from export.training.options import FRESH_LEARNING_RATE, OPTIMIZER_OF, PIXEL_LOSS_OF, TrainOptions
 from export.training.perceptual import DistilledVgg

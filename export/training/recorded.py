@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from export.data.windows import Batch
 from export.training.device import placed_all
 from export.training.held import HeldFootage, Located
-from export.training.windows import Batch
 
 WARM_UP = 3  # steps outside of a graph: cuDNN makes its choices, and optimisers their state
 MAX_WORKERS = 12

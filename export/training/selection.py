@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from export.data.clips import Clip
 from export.errors import ExportError
 from export.training.evaluation import Measures
-from export.training.footage import Clip
 
 MAX_LOSS_DB = 1.0  # of PSNR-Y, against the start of the run
 MAX_TOF = 1.05  # over that at the start of the run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from export.metrics.lpips import NAME as LPIPS_NAME
 from export.training.evaluation import Measures, Score, mean
-from export.training.lpips import NAME as LPIPS_NAME
 
 Scores = Mapping[str, Sequence[Score]]
 """Per network one score per clip."""

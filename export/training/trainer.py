@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from export.checkpoint import save_checkpoint
+from export.data.clips import Clip
+from export.data.degradations import bi
+from export.data.windows import Batch, WindowSampler, batches_from, windowed
 from export.errors import ExportError
 from export.folders import written_whole
 from export.network import WIDTHS, MstGan
@@ -25,7 +28,6 @@ from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.adversarial import Adversary
 from export.training.device import find_device, placed, placed_all, warn_of_slow_bf16
 from export.training.evaluation import Instruments, Score, evaluate, mean
-from export.training.footage import Clip
 from export.training.grow import grow
 from export.training.held import HeldFootage
 from export.training.imitation import Imitation, Teacher
@@ -36,7 +38,6 @@ from export.training.perceptual import DistilledVgg
 from export.training.recorded import RecordedUpdate, located_from
 from export.training.run_log import RunLog
 from export.training.selection import Selection, watched
-from export.training.windows import Batch, WindowSampler, batches_from, downscale, windowed
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ class Trainer:
         o = self.options
         n, length, _, h, w = batch.hr_windows.shape
         lr_size = (h // SCALE, w // SCALE)
-        frames, motion_known = windowed(downscale(batch.hr_windows), batch.motion)
+        frames, motion_known = windowed(bi(batch.hr_windows), batch.motion)
         # In FP32: bf16 is too coarse for motion.
         flow, aligned, estimate = self.align(frames)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=o.bf16):

@@ -9,11 +9,11 @@ import av
 import numpy as np
 import torch
 
-from export.sample import sample_clip
-from export.training.flicker import flows, tof
-from export.training.footage import SCALER
-from export.training.metrics import psnr_y, ssim_y
-from export.training.windows import downscale
+from export.data.clips import SCALER
+from export.data.degradations import bi
+from export.data.sample import sample_clip
+from export.metrics.psnr_ssim import psnr_y, ssim_y
+from export.metrics.tof import flows, tof
 from perf.clip import Frames, Size
 from perf.errors import PerfError
 
@@ -46,7 +46,7 @@ def read_clip(count: int, size: Size, path: Path | None = None) -> tuple[Frames,
     if len(frames) < count:
         raise PerfError(f"expected {count} frames from frame {FIRST} of {CLIP} on, found {len(frames)}")
     truth = np.stack(frames).astype(np.uint8, copy=False)
-    reduced = downscale(torch.from_numpy(truth).permute(0, 3, 1, 2).float() / 255)
+    reduced = bi(torch.from_numpy(truth).permute(0, 3, 1, 2).float() / 255)
     lr: Frames = (reduced * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return lr, truth
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.data.degradations import bi
 from export.errors import ExportError
 from export.spec import LR_SIZES, MULTIPLE_OF, SCALE, WINDOW, Size
-from export.training.windows import downscale
 
 DATA = Path("datasets", "data")
 CLIP = "bikes.mp4"  # 640x272, 250 frames at 25 fps: people and bicycles passing
@@ -129,7 +129,7 @@ def _centre(frames: Frames, size: Size) -> Frames:
 
 def _reduce(frames: Frames) -> Frames:
     hr = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-    lr: Frames = (downscale(hr) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    lr: Frames = (bi(hr) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return lr
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from export.training.footage import Clip
+from export.data.clips import Clip
 
 log = logging.getLogger(__name__)
 

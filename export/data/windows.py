@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.data.clips import Clip
 from export.spec import WINDOW
-from export.training.degradations import bi
-from export.training.footage import Clip
 
 CROP_TRIES = 4  # the sharpest of so many is taken: flat ones teach nothing
 PHOTO_MARGIN = 32  # hr pixels kept around a photo's crop for its made-up motion
@@ -26,9 +25,6 @@ MAX_SHAKE = 0.3  # standard deviation, hr pixels
 MAX_TURN = math.radians(1.5)  # per frame
 MAX_ZOOM = 0.015  # per frame
 SKIP_FRAME_SHARE = 0.25  # of the windows take every second frame: larger motion
-
-
-downscale = bi
 
 
 class Batch(NamedTuple):

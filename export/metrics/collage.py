@@ -35,7 +35,7 @@ def lossiest_crop(image: Frame, truth: Frame, where: NDArray[np.bool_] | None = 
     return int(top), int(left)
 
 
-def compare(path: Path, corner: tuple[int, int], frames: Mapping[str, Frame]) -> None:
+def draw_collage(path: Path, corner: tuple[int, int], frames: Mapping[str, Frame]) -> None:
     """Write named frames of one size side by side, each over the detail at its top left ``corner``."""
     top, left = corner
     height, width = next(iter(frames.values())).shape[:2]

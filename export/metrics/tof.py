@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.registration import optical_flow_ilk
 
-from export.training.metrics import luma
+from export.metrics.psnr_ssim import luma
 
 FLOW_WARPS = 3  # of the optical flow estimate; ten agree within 2 % and take three times as long
 
