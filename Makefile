@@ -23,6 +23,8 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[export,server,perf,test]'
+	printf '#!/bin/sh\nexec "%s/$(BIN)/python" "%s/deploy/embedded/launcher.py" "$$@"\n' "$(CURDIR)" "$(CURDIR)" > $(BIN)/tritonserver
+	chmod +x $(BIN)/tritonserver
 	touch $@
 
 setup: $(VENV)/.installed  ## Make .venv with everything (needs no root)

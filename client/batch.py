@@ -6,8 +6,8 @@ import glob
 from fractions import Fraction
 from pathlib import Path
 
-from errors import UpscaleError
-from source import IMAGE_SUFFIXES, PIPE, Source
+from .errors import UpscaleError
+from .video.source import IMAGE_SUFFIXES, PIPE, Source
 
 VIDEO_SUFFIXES = frozenset(
     f".{name}"

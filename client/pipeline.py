@@ -14,21 +14,22 @@ from typing import Protocol
 
 import av
 import numpy as np
-from ahead import Ahead, Stage
-from encode import PNG, Encoding, write_segment, write_y4m
-from errors import UpscaleError
-from images import Images, writes_images
-from ladder import AUTO
-from mux import Join
-from part import Part
-from scenes import CutDetector
-from server import Contract
-from session import Session
-from source import PIPE, Source
-from tiles import Grid, grid_for
-from times import Times
-from video import Frame, Picture, Range, Video
-from windows import Image, Size, crop, fitted_size, pad, windows
+
+from .errors import UpscaleError
+from .frames.scenes import CutDetector
+from .frames.tiles import Grid, grid_for
+from .frames.windows import Image, Size, crop, fitted_size, pad, windows
+from .prefetch import Prefetch, Stage
+from .resume import ResumeState
+from .serving.contract import Contract
+from .serving.session import Session
+from .serving.transports import AUTO
+from .video.decode import Frame, Picture, Range, Video
+from .video.encode import PNG, Encoding, write_segment, write_y4m
+from .video.images import Images, writes_images
+from .video.mux import Muxer
+from .video.source import PIPE, Source
+from .video.times import Times
 
 FRAMES_AHEAD = 4  # decoded, or waiting for the encoder: enough to even out the stages' pace
 BYTES_AHEAD = 512 << 20  # of them at most: an hr frame of an 8K clip has 1.6 GB
@@ -46,7 +47,7 @@ class Options:
     segment_frames: int
     """Frames of one segment, the unit in which work is kept."""
     scene_threshold: float
-    """How different two frames are, in grey levels, that belong to different shots."""
+    """How different two frames are, in gray levels, that belong to different shots."""
     range: Range
     """The part of the clip to upscale."""
     final_size: Size | None = None
@@ -127,7 +128,7 @@ def shapes_of(lr: Picture, contract: Contract, final_size: Size | None) -> Shape
     return Shapes(lr, fitted, grid, model, hr)
 
 
-class Feed:
+class Pipeline:
     """A clip on its way from the file to hr frames; iterate once, then read what it has seen.
 
     Args:
@@ -144,12 +145,12 @@ class Feed:
         self.decode, self.starve, self.pass_on, self.wait = Stage(), Stage(), Stage(), Stage()
         self.cuts = CutDetector(options.scene_threshold)
         self._video, self._session, self._shapes = video, session, shapes
-        self._frames = Ahead(self.decode.timed(self._lr_frames(options.range)), FRAMES_AHEAD)
+        self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range)), FRAMES_AHEAD)
         frames = self.starve.timed(self._frames)
         lr_windows = islice(windows(frames, session.contract.window, self.cuts), skip, None)
         hr_bytes = 3 * math.prod(shapes.model)
         depth = min(FRAMES_AHEAD, max(1, BYTES_AHEAD // hr_bytes))
-        self._answers = Ahead(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
+        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
 
     def _lr_frames(self, wanted: Range) -> Iterator[Frame]:
         for frame in self._video.frames(wanted):
@@ -194,7 +195,7 @@ def upscale(
         UpscaleError: The clip could not be upscaled, all of it and exactly.
     """
     with Video(source) as video:
-        if video.picture.colour.is_hdr and not options.allow_hdr:
+        if video.picture.color.is_hdr and not options.allow_hdr:
             raise UpscaleError(
                 f"expected a clip of standard dynamic range, found PQ or HLG in {source.path}: the model "
                 "works in 8 bits and knows no HDR; convert the clip first, or pass --allow-hdr to try"
@@ -230,8 +231,8 @@ class Run:
         options = replace(self._options, encoding=PNG) if is_images else self._options
         hr = self._shapes.hr
         identity = identity_of(source, self._session.contract, options)
-        with Part(dst, identity, self._session.fingerprints(), options.restart) as part:
-            join = Images(part.joined, source) if is_images else Join(part.joined, source, hr)
+        with ResumeState(dst, identity, self._session.fingerprints(), options.restart) as part:
+            join = Images(part.joined, source) if is_images else Muxer(part.joined, source, hr)
             if not part.segments():
                 rehearse(part.folder / "rehearsal.segment", join, hr, options.encoding)
             finished = len(part.segments()) * options.segment_frames
@@ -272,10 +273,10 @@ class Run:
         self._started_s = time.monotonic()
         _say_how(self._session, self._shapes.grid, self._options)
         self._watcher.started(dst, self._video.frames_expected(self._options.range), finished)
-        self._feed = Feed(self._video, self._session, self._shapes, self._options, finished)
+        self._feed = Pipeline(self._video, self._session, self._shapes, self._options, finished)
         return self._counted(self._feed)
 
-    def _counted(self, feed: Feed) -> Iterator[Image]:
+    def _counted(self, feed: Pipeline) -> Iterator[Image]:
         for image in feed:
             yield image
             self._new_frames += 1
@@ -343,7 +344,7 @@ def _say_how(session: Session, grid: Grid, options: Options) -> None:
         log.info("every frame in %d tiles of %dx%d", grid.count, grid.tile[1], grid.tile[0])
 
 
-def rehearse(segment: Path, join: Join | Images, picture: Picture, encoding: Encoding) -> None:
+def rehearse(segment: Path, join: Muxer | Images, picture: Picture, encoding: Encoding) -> None:
     """Encode and join one black frame, so that what cannot be written is known before the work."""
     height, width = picture.size
     try:

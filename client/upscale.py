@@ -1,260 +1,63 @@
-"""Upscale a video with the ensemble that a Triton server serves: ``python client/upscale.py IN OUT``."""
+"""Entry point of the command ``mst-gan-upscale``; also ``python client/upscale.py IN OUT`` in a checkout."""
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 import os
+import shlex
+import signal
 import sys
-from contextlib import ExitStack
-from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import click
-from arguments import TopicCommand, frames_per_second, height_and_width, seconds, topic_options
-from batch import Job, jobs_from_arguments
-from compare import check_target
-from compare import compare as compare_clips
-from encode import CODECS, DEFAULT_CODEC, encoding_from_options
-from errors import UpscaleError
-from images import writes_images
-from ladder import AUTO, TRANSPORTS
-from page import check_reference, write_page
-from pipeline import Options, Result, upscale
-from report import ConsoleReport, JsonReport, Report
-from scenes import DEFAULT_THRESHOLD
-from security import Security
-from server import DEFAULT_URL, Server
-from session import Session
-from source import PIPE, Source
-from video import Range, Video
-
+PACKAGE = "mst_gan_client"
 EXIT_FAILED = 1
 EXIT_STOPPED = 130  # as shells report Ctrl-C
 
 
-def run_all(jobs: list[Job], session: Session, options: Options, report: Report, overwrite: bool) -> bool:
-    """Upscale clip after clip, whatever becomes of each; return whether all are done."""
-    done = True
-    for src, dst in jobs:
-        if dst.exists() and not overwrite:
-            report.skipped(dst)
-            continue
-        try:
-            report.finished(dst, upscale(src, dst, session, options, report))
-        except UpscaleError as err:
-            if os.environ.get("VSR_DEBUG"):
-                raise
-            report.close()
-            report.failed(src.path, str(err))
-            done = False
-        finally:
-            report.close()
-    return done
+def main() -> None:
+    """Import the command and run it.
 
-
-def run_one(src: Source, dst: Path, session: Session, options: Options, report: Report) -> Result:
-    """Upscale one clip."""
-    try:
-        result = upscale(src, dst, session, options, report)
-    finally:
-        report.close()
-    report.finished(dst, result)
-    return result
-
-
-def rehearse(src: Source, dst: Path, session: Session, options: Options) -> str:
-    """Upscale the first frames into a folder that vanishes, and estimate from them what all would take."""
-    with Video(src) as video, TemporaryDirectory() as folder:
-        expected = video.frames_expected(options.range)
-        few = replace(options, range=replace(options.range, frames=min(session.in_flight, expected or 1)))
-        sample = Path(folder) / dst.name
-        result = upscale(src, sample, session, few, Report())
-        written = list(sample.iterdir()) if sample.is_dir() else [sample]
-        megabytes = sum(path.stat().st_size for path in written) / result.frames * expected / 1e6
-    height, width = result.hr_size
-    return (
-        f"{src.path}: {expected} frames to {dst}, {width}x{height}, about {expected / result.fps:.0f} s and "
-        f"{megabytes:.1f} MB, by its first {result.frames} frames"
-    )
-
-
-on_server, on_input, on_output, on_run = map(
-    topic_options, ("The server", "What is read", "What is written", "The run")
-)
-a_file = click.Path(path_type=Path)
-
-
-@click.command(cls=TopicCommand, context_settings={"auto_envvar_prefix": "UPSCALE", "max_content_width": 110})
-@click.argument("src", metavar="IN")
-@click.argument("dst", metavar="OUT", type=a_file)
-@on_server("--url", default=DEFAULT_URL, metavar="A,B,...", help=f"gRPC addresses [{DEFAULT_URL}].")
-@on_server("--model", default="mst_gan", metavar="NAME", help="The ensemble [mst_gan].")
-@on_server(
-    "--patience",
-    type=click.FloatRange(0),
-    default=60.0,
-    metavar="SECONDS",
-    help="How long to wait for a lost server [60].",
-)
-@on_server(
-    "--transport",
-    type=click.Choice(TRANSPORTS),
-    default=AUTO,
-    metavar="WAY",
-    help=f"{', '.join(TRANSPORTS)} [{AUTO}].",
-)
-@on_server("--tls-ca", type=a_file, metavar="FILE", help="Authorities to trust, for grpcs:// addresses.")
-@on_server("--tls-cert", type=a_file, metavar="FILE", help="Certificate of this client.")
-@on_server("--tls-key", type=a_file, metavar="FILE", help="Key of this client.")
-@on_server("--token", metavar="TEXT", help="Bearer token; better in UPSCALE_TOKEN than here.")
-@on_input("--start", type=seconds, default="0", metavar="TIME", help="Begin here: seconds or H:MM:SS [0].")
-@on_input("--duration", type=seconds, metavar="TIME", help="Go on for so long.")
-@on_input("--max-frames", type=click.IntRange(1), metavar="N", help="Upscale at most so many frames.")
-@on_input("--rate", type=frames_per_second, default="25", metavar="FPS", help="Of a folder of images [25].")
-@on_input(
-    "--scene-threshold",
-    type=click.FloatRange(0, 255, min_open=True),
-    default=DEFAULT_THRESHOLD,
-    metavar="N",
-    help=f"Grey levels of change that are a cut; 255: none [{DEFAULT_THRESHOLD:g}].",
-)
-@on_input("--allow-hdr", is_flag=True, help="Upscale PQ and HLG clips too, in 8 bits.")
-@on_input("--allow-damage", is_flag=True, help="Accept that frames cannot be read.")
-@on_output(
-    "--codec", type=click.Choice(list(CODECS)), metavar="NAME", help=f"{', '.join(CODECS)} [{DEFAULT_CODEC}]."
-)
-@on_output("--crf", type=click.IntRange(0, 63), metavar="N", help="Quality; lower is better and larger.")
-@on_output("--preset", metavar="NAME", help="Speed of the encoder, in its own words.")
-@on_output("--pix-fmt", metavar="NAME", help="Pixel format, such as yuv420p10le.")
-@on_output("--final-size", type=height_and_width, metavar="WxH", help="Such as 3840x2160; else 4 times IN's.")
-@on_output("--compare", type=a_file, metavar="PATH", help="Also bicubic | ours: a .png or a video.")
-@on_output("--report", "report_page", type=a_file, metavar="PATH", help="Also a page about the run: .html.")
-@on_output("--reference", type=a_file, metavar="CLIP", help="The truth, for PSNR and SSIM in the report.")
-@on_output("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@on_run(
-    "--segment-frames",
-    type=click.IntRange(1),
-    default=100,
-    metavar="N",
-    help="Work is kept in pieces of so many frames [100].",
-)
-@on_run("--restart", is_flag=True, help="Throw away what an unfinished run left beside OUT.")
-@on_run("--dry-run", is_flag=True, help="Try a few frames; estimate time and size.")
-@on_run("--json", "as_json", is_flag=True, help="Tell programs: one JSON object a line on stdout.")
-@on_run("--quiet", is_flag=True, help="Say only what goes wrong.")
-def main(
-    src: str,
-    dst: Path,
-    url: str,
-    model: str,
-    codec: str | None,
-    crf: int | None,
-    preset: str | None,
-    pix_fmt: str | None,
-    segment_frames: int,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    token: str | None,
-    transport: str,
-    patience: float,
-    start: Fraction,
-    duration: Fraction | None,
-    max_frames: int | None,
-    rate: Fraction,
-    final_size: tuple[int, int] | None,
-    compare: Path | None,
-    report_page: Path | None,
-    reference: Path | None,
-    scene_threshold: float,
-    allow_hdr: bool,
-    restart: bool,
-    allow_damage: bool,
-    overwrite: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Upscale the video IN into OUT; sound, subtitles and times stay as they are.
-
-    IN may be a folder of videos or a quoted pattern; OUT is a folder then, and what is in it already
-    is left alone. IN may also be a still image or a folder of numbered images, and OUT a PNG file or a
-    new folder; and - is y4m on standard input or output.
-
-    Every option has an environment variable: UPSCALE_URL, UPSCALE_CRF, ... Exit status: 0 all done,
-    1 something failed, 2 wrong usage, 130 stopped by Ctrl-C. A run that failed or was stopped goes on
-    where it was when it is started again.
+    Importing takes a moment, in which Ctrl-C ends the process at once, and a missing package is one line
+    that says what to run.
     """
-    is_verbose = not (quiet or as_json)
-    logging.basicConfig(format="%(message)s", level=logging.INFO if is_verbose else logging.WARNING)
-    report = JsonReport() if as_json else Report() if quiet else ConsoleReport()
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # not where a shell has the background ignore Ctrl-C
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_STOPPED))
     try:
-        jobs = jobs_from_arguments(src, dst, rate)
-        if src == str(PIPE) and dry_run:
-            raise UpscaleError("expected a clip that can be read twice for --dry-run, found standard input")
-        if dst == PIPE and (as_json or dry_run or len(jobs) > 1 or codec):
-            raise UpscaleError(
-                "expected one clip for y4m on standard output, without --json, --dry-run, --codec"
-            )
-        if (compare or report_page) and (len(jobs) > 1 or dry_run or PIPE in (dst, Path(src))):
-            raise UpscaleError("expected one clip from a file to a file for --compare and --report")
-        if reference and not (report_page and reference.exists()):
-            raise UpscaleError(f"expected --report and an existing file for --reference, found {reference}")
-        if compare:
-            check_target(compare)
-        for extra in filter(None, (compare, report_page)):
-            if not extra.parent.is_dir():
-                raise UpscaleError(f"cannot write {extra}: expected a folder {extra.parent}; create it")
-        is_batch = len(jobs) > 1 or jobs[0][0].path != Path(src)
-        if not (is_batch or dry_run or overwrite) and jobs[0][1].exists():
-            raise UpscaleError(f"{jobs[0][1]} exists: pass --overwrite to replace it")
-        if any(writes_images(out, source) for source, out in jobs) and (codec or crf or preset or pix_fmt):
-            raise UpscaleError("images are written as PNG: leave --codec, --crf, --preset and --pix-fmt out")
-        options = Options(
-            encoding=encoding_from_options(codec or DEFAULT_CODEC, crf, preset, pix_fmt),
-            segment_frames=segment_frames,
-            scene_threshold=scene_threshold,
-            range=Range(start, duration, max_frames),
-            final_size=final_size,
-            transport=transport,
-            restart=restart,
-            allow_damage=allow_damage,
-            allow_hdr=allow_hdr,
+        from mst_gan_client.cli import main as command
+    except ModuleNotFoundError as err:
+        print(_what_to_run(err.name or "a package"), file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    signal.signal(signal.SIGINT, handler)
+    command()
+
+
+def _what_to_run(missing: str) -> str:
+    """One line for a Python that lacks a package: the command that works in this checkout, or installs."""
+    root = Path(__file__).resolve().parent.parent
+    python = root / ".venv/bin/python"
+    if python.exists():
+        remedy = shlex.join([os.path.relpath(python), os.path.relpath(__file__), *sys.argv[1:]])
+    else:
+        source = (
+            shlex.quote(os.path.relpath(root)) if (root / "pyproject.toml").exists() else "mst-gan-triton"
         )
-        security = Security(tls_ca, tls_cert, tls_key, token)
-        with ExitStack() as stack:
-            servers = []
-            for address in url.split(","):
-                servers.append(Server(address.strip(), model, security))
-                stack.callback(servers[-1].close)
-            session = Session(servers, patience_s=patience)
-            if dry_run:
-                for one, out in jobs:
-                    click.echo(rehearse(one, out, session, options))
-            elif is_batch:
-                if not run_all(jobs, session, options, report, overwrite):
-                    sys.exit(EXIT_FAILED)
-            else:
-                source, out = jobs[0]
-                if reference:
-                    check_reference(reference, source, session.contract, final_size)
-                result = run_one(source, out, session, options, report)
-                if report_page:
-                    write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
-                if compare:
-                    compare_clips(jobs[0][0], options.range, jobs[0][1], compare)
-    except UpscaleError as err:
-        if as_json:
-            report.failed(Path(src), str(err))
-        if os.environ.get("VSR_DEBUG"):
-            raise
-        raise click.ClickException(str(err)) from err
-    except KeyboardInterrupt:
-        click.echo("stopped; what is finished is kept, the same command goes on from there", err=True)
-        sys.exit(EXIT_STOPPED)
+        remedy = f"{shlex.quote(sys.executable)} -m pip install {source}"
+    return f"expected the Python package {missing}, found none in {sys.executable}: run {remedy}"
+
+
+def _import_from_checkout() -> None:
+    """Make this folder importable under the package's name, installed or not."""
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec and spec.loader
+    package = sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
 
 
 if __name__ == "__main__":
+    _import_from_checkout()
     main()

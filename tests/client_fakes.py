@@ -17,7 +17,8 @@ import grpc
 import numpy as np
 from click.testing import CliRunner, Result
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
-from upscale import main
+
+from mst_gan_client.cli import main
 
 PARAMETERS = {
     "scale": "4",
@@ -49,7 +50,7 @@ def stage_config(name: str) -> model_config_pb2.ModelConfig:
 
 
 def nearest(windows: np.ndarray) -> np.ndarray:
-    """(N, 3, H, W, 3) -> (N, 4H, 4W, 3): the centre frame, every pixel four times each way."""
+    """(N, 3, H, W, 3) -> (N, 4H, 4W, 3): the center frame, every pixel four times each way."""
     return windows[:, 1].repeat(4, axis=1).repeat(4, axis=2)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 import pytest
-import upscale
 
 from export.__main__ import main as export
+from mst_gan_client import cli as upscale
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -1,0 +1,1 @@
+"""Decoded frames: windows of neighbors, tiles, scene cuts."""

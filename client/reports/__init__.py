@@ -1,0 +1,1 @@
+"""What a run looked like: comparisons, quality scores, the HTML report."""

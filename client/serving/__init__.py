@@ -1,0 +1,1 @@
+"""Triton servers: their contract, requests in flight, transports, security."""

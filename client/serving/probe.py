@@ -1,0 +1,35 @@
+"""One fixed small window, whose answer tells the weights and the arithmetic of a server from others."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from ..frames.windows import Image, Size, fitted_size
+
+PROBE_ID = "probe"  # of the request, for the server's log
+KNUTH = 2654435761  # 2^32 / golden ratio: neighboring multiples of it share no high bits
+
+
+def probe_window(window: int, multiple_of: int, min_size: Size) -> Image:
+    """Make the smallest window a model takes, filled with the same noise on every machine.
+
+    Args:
+        window: Frames.
+        multiple_of: Both sides.
+        min_size: (height, width).
+
+    Returns:
+        (T, H, W, 3) uint8, 0..255.
+    """
+    shape = (window, *fitted_size(min_size, multiple_of, min_size), 3)
+    # Integer arithmetic: unlike those of a generator of random numbers, its values are the same forever.
+    noise = np.arange(math.prod(shape), dtype=np.uint64) * KNUTH % 2**32 >> 24
+    return noise.astype(np.uint8).reshape(shape)
+
+
+def fingerprint_of(hr: Image) -> str:
+    """Sha256 of the answer to it."""
+    return hashlib.sha256(hr.tobytes()).hexdigest()
