@@ -26,8 +26,6 @@ from deploy.embedded.launcher import LaunchError, check_packages, find_libpython
 from export import spec
 from export.gpus import compute_capabilities
 from export.repository import plan_file
-from perf.errors import PerfError
-from perf.tools import find_analyzer
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = ROOT / "model_repository"
@@ -251,20 +249,6 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     )  # fmt: skip
 
 
-def check_perf_analyzer() -> Finding:
-    """Whether ``make sweep`` can measure."""
-    try:
-        analyzer = find_analyzer()
-    except PerfError as err:
-        return Finding(
-            "warn",
-            "perf_analyzer",
-            f"only measuring needs it: {err}".partition(": run `")[0],
-            "make perf-tools",
-        )
-    return Finding("ok", "perf_analyzer", f"{analyzer.version}, {analyzer.path}")
-
-
 def examine(lr_size: spec.Size, url: str | None) -> list[Finding]:
     """All checks of this machine."""
     gpus = compute_capabilities()
@@ -279,7 +263,6 @@ def examine(lr_size: spec.Size, url: str | None) -> list[Finding]:
         *check_plans(gpus, tensorrt=tensorrt),
         check_shm(lr_size),
         *check_pools(lr_size, gpus),
-        check_perf_analyzer(),
     ]
 
 

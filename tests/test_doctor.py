@@ -16,7 +16,6 @@ from deploy.doctor import Finding
 from deploy.embedded.launcher import LaunchError
 from export import spec
 from export.repository import install, write_configs
-from perf.errors import PerfError
 
 HD = (720, 1280)
 
@@ -169,11 +168,6 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu(tmp_path: Path, text: str, level: str) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert doctor.check_cpu(tmp_path / "cpuinfo").level == level
-
-
-def test_perf_analyzer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_analyzer", fail(PerfError("none")))
-    assert doctor.check_perf_analyzer().fix == "make perf-tools"
 
 
 @pytest.mark.parametrize(("level", "status"), [("ok", 0), ("warn", 0), ("error", 1)])
