@@ -1,5 +1,8 @@
 # Every command is one line; the logic lives in Python.
-PYTHON ?= python3.11
+# numpy 1.26, which the embedded server needs, has wheels up to Python 3.12.
+SUITABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(firstword $(shell for python in python3.11 python3.12 python3; do \
+	"$$python" -c "$(SUITABLE)" 2> /dev/null && echo "$$python"; done))
 CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
 SERVE_ARGS ?=
 SWEEP ?=
@@ -20,6 +23,9 @@ help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 with venv, found none: run 'sudo apt install" \
+	"python3.11-venv libpython3.11' on Debian 12 or Ubuntu 22.04, 'sudo apt install python3.12-venv" \
+	"libpython3.12t64' on Ubuntu 24.04, or give make PYTHON=..."; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[export,server,perf,test]'
