@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,8 +21,9 @@ from .progress import ConsoleProgress, JsonProgress, Progress
 from .reports.compare import check_target
 from .reports.compare import compare as compare_clips
 from .reports.html_report import check_reference, write_page
+from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
-from .serving.server import DEFAULT_URL, Server
+from .serving.server import DEFAULT_URL
 from .serving.session import Session
 from .serving.transports import AUTO, TRANSPORTS
 from .video.decode import Range, Video
@@ -91,13 +91,13 @@ a_file = click.Path(path_type=Path)
 @click.argument("src", metavar="IN")
 @click.argument("dst", metavar="OUT", type=a_file)
 @on_server("--url", default=DEFAULT_URL, metavar="A,B,...", help=f"gRPC addresses [{DEFAULT_URL}].")
-@on_server("--model", default="mst_gan", metavar="NAME", help="The ensemble [mst_gan].")
+@on_server("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"The ensemble [{DEFAULT_MODEL}].")
 @on_server(
     "--patience",
     type=click.FloatRange(0),
-    default=60.0,
+    default=DEFAULT_PATIENCE_S,
     metavar="SECONDS",
-    help="How long to wait for a lost server [60].",
+    help=f"How long to wait for a lost server [{DEFAULT_PATIENCE_S:g}].",
 )
 @on_server(
     "--transport",
@@ -225,12 +225,7 @@ def main(
             allow_hdr=allow_hdr,
         )
         security = Security(tls_ca, tls_cert, tls_key, token)
-        with ExitStack() as stack:
-            servers = []
-            for address in url.split(","):
-                servers.append(Server(address.strip(), model, security))
-                stack.callback(servers[-1].close)
-            session = Session(servers, patience_s=patience)
+        with open_session(url.split(","), model, security, patience) as session:
             if dry_run:
                 for one, out in jobs:
                     click.echo(rehearse(one, out, session, options))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix_summary import matrix_cell, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 from tiny_network import LIGHT, TINY, run_build, shake
 from toy_models import add_batch_witness, build_toy_models
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -20,7 +20,7 @@ class Security:
     """PEM file of the client's own certificate chain."""
     key: Path | None = None
     """PEM file of the key to it."""
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     """Sent as ``authorization: Bearer ...`` with every request."""
 
     def credentials(self) -> grpc.ChannelCredentials:

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from client_fakes import FakeTriton, decoded, pictures, run_client, write_clip
 
+from mst_gan_client.serving.security import Security
+
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
@@ -69,3 +71,8 @@ def test_wrong_files(clip, tmp_path, option, message):
     result = run_client(clip, tmp_path / "out.mp4", "--url", "grpcs://localhost:8001", *option)
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_a_token_is_not_shown():
+    """As a traceback, a debugger or a log of options would."""
+    assert "open sesame" not in repr(Security(token="open sesame"))
