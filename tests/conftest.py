@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,17 @@ from export.network import WIDTHS, MstGan
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and with them every client they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where ``REQUIRE_ALL`` is set, as in CI, only tests that need a GPU may be skipped."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("REQUIRE_ALL") and not item.get_closest_marker("gpu"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and REQUIRE_ALL is set: {reason}"
 
 
 @pytest.fixture(scope="session")

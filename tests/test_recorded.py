@@ -162,6 +162,7 @@ def test_one_record_per_shape_after_a_warm_up(
     assert hows.count("replayed") == 12 - recorded.WARM_UP
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to record on")
 def test_on_a_gpu_what_is_replayed_is_what_was_recorded(
     clips: list[Clip], photos: list[Clip], tmp_path: Path

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from client_fakes import FakeTriton, decoded, nearest, pictures, run_client, write_clip
+from requirements import missing
 
 from mst_gan_client.reports.scores import luma, psnr_db, ssim
 
@@ -113,11 +114,12 @@ def test_scores_are_those_of_scikit_image():
 def test_the_page_in_a_browser(clip, triton, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
-        pytest.skip("no browser to look with")
+        missing("BROWSER", "neither chromium nor google-chrome is installed")
     page_of(clip, triton)
     shot = tmp_path / "shot.png"
     look = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,900", f"--screenshot={shot}"]
-    subprocess.run([browser, *look, clip.with_name("report.html").as_uri()], capture_output=True, timeout=60)
+    look += ["--disable-background-networking", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run([browser, *look, clip.with_name("report.html").as_uri()], capture_output=True, timeout=300)
     (screen,) = decoded(shot)
     assert screen.shape[:2] == (900, 1100)
     assert np.unique(screen.reshape(-1, 3), axis=0).shape[0] > 500  # pictures, not a blank page
