@@ -12,7 +12,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
-from ..errors import UpscaleError
+from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
 from .contract import contract_from_config, instance_count
 from .probe import PROBE_ID, fingerprint_of, probe_window
@@ -110,13 +110,13 @@ class Server:
                 "expected the ensemble there: load it, or name another with --model"
             ) from err
 
-    def _unreachable(self, err: InferenceServerException) -> UpscaleError:
+    def _unreachable(self, err: InferenceServerException) -> ServerError:
         if speaks_http(self.address):
-            return UpscaleError(
+            return ServerError(
                 f"expected gRPC at {self.address}, found HTTP: "
                 f"give Triton's gRPC port, usually {DEFAULT_GRPC_PORT}, with --url"
             )
-        return UpscaleError(f"no Triton server answers at {self.address}: {START_HINT} [{err.message()}]")
+        return ServerError(f"no Triton server answers at {self.address}: {START_HINT} [{err.message()}]")
 
     def check(self) -> None:
         """Return if the ensemble can be asked now.

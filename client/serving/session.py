@@ -14,7 +14,7 @@ from typing import Protocol
 
 from tritonclient.utils import InferenceServerException
 
-from ..errors import UpscaleError
+from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
 from .contract import Contract
 from .server import START_HINT, Done
@@ -260,5 +260,5 @@ class Session:
         names = ", ".join(line.server.address for line in self._lines)
         if all(line.lost for line in self._lines):
             trouble = "; ".join(sorted({line.trouble for line in self._lines}))
-            raise UpscaleError(f"lost {names} and found no server for {silent_s} s: {START_HINT} [{trouble}]")
-        raise UpscaleError(f"{names} gave no answer for {silent_s} s: see the server's log")
+            raise ServerError(f"lost {names} and found no server for {silent_s} s: {START_HINT} [{trouble}]")
+        raise ServerError(f"{names} gave no answer for {silent_s} s: see the server's log")

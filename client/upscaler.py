@@ -1,0 +1,173 @@
+"""The library: frames in, frames four times as large out, as numpy arrays.
+
+The command line uses ``Layout`` and ``hr_from_windows`` of this module for its own frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+
+import numpy as np
+
+from .errors import FrameError
+from .frames.scenes import DEFAULT_THRESHOLD, CutDetector
+from .frames.tiles import Grid, grid_for
+from .frames.windows import Image, Size, crop, fitted_size, pad, windows
+from .serving.contract import Contract
+from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
+from .serving.security import Security
+from .serving.server import DEFAULT_URL, NO_SECURITY
+from .serving.session import Session
+from .serving.transports import AUTO
+from .video.decode import Frame
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How frames of one size pass through a model; all sizes are (height, width)."""
+
+    lr: Size
+    padded: Size
+    """What the model takes: sides rounded up to its multiple, and at least its minimum."""
+    grid: Grid
+    """Tiles, one if the model takes a whole frame."""
+    hr: Size
+
+    @classmethod
+    def of(cls, lr: Size, contract: Contract) -> Layout:
+        """Work out the layout for frames of a size."""
+        padded = fitted_size(lr, contract.multiple_of, contract.min_size)
+        grid = grid_for(padded, contract.max_size, contract.multiple_of)
+        return cls(lr, padded, grid, (lr[0] * contract.scale, lr[1] * contract.scale))
+
+
+def hr_from_windows(
+    lr_windows: Iterable[Sequence[Image]], session: Session, layout: Layout
+) -> Iterator[Image]:
+    """Upscale windows of padded frames.
+
+    Args:
+        lr_windows: T frames each, (H, W, 3) uint8 RGB of size ``layout.padded``; read only as far ahead as
+            requests are in flight.
+        session: Where they are sent.
+        layout: Of these frames.
+
+    Yields:
+        (H * scale, W * scale, 3) uint8 RGB of size ``layout.hr``, in the order of the windows.
+
+    Raises:
+        UpscaleError: A server refused a window, or no server is left.
+    """
+    grid = layout.grid
+    tiles = (tile for window in lr_windows for tile in grid.split(np.stack(window)))
+    hr_tiles = session.hr_frames(tiles)
+    while parts := list(islice(hr_tiles, grid.count)):
+        yield crop(grid.merge(parts, session.contract.scale), layout.hr)
+
+
+class Upscaler:
+    """A connection to one or many Triton servers that upscale frames; use it as a context manager.
+
+    Args:
+        urls: gRPC address such as ``localhost:8001``, or several that share the work;
+            ``grpcs://host:port`` speaks TLS.
+        model: Name of the ensemble.
+        security: Certificates and token for ``grpcs://`` addresses.
+        patience_s: Seconds to wait for lost servers before giving up.
+        transport: ``auto``, ``cuda``, ``system`` (shared memory) or ``grpc``.
+        scene_threshold: Mean difference of two frames, in gray levels, that is a scene cut; windows end
+            there.
+
+    Raises:
+        ServerError: A server does not answer.
+        UpscaleError: It serves something else, or ``urls`` is no address.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str] = DEFAULT_URL,
+        *,
+        model: str = DEFAULT_MODEL,
+        security: Security = NO_SECURITY,
+        patience_s: float = DEFAULT_PATIENCE_S,
+        transport: str = AUTO,
+        scene_threshold: float = DEFAULT_THRESHOLD,
+    ) -> None:
+        self._stack = ExitStack()
+        addresses = [urls] if isinstance(urls, str) else urls
+        self._session = self._stack.enter_context(open_session(addresses, model, security, patience_s))
+        self._transport, self._scene_threshold = transport, scene_threshold
+
+    @property
+    def scale(self) -> int:
+        """Output side / input side."""
+        return self._session.contract.scale
+
+    def upscale(
+        self, frames: Iterable[Image], progress: Callable[[int], None] | None = None
+    ) -> Iterator[Image]:
+        """Upscale consecutive frames of one clip.
+
+        Args:
+            frames: (H, W, 3) uint8 RGB, 0..255, all of one size; read lazily, a few windows ahead.
+            progress: Called with the number of frames done so far, after each.
+
+        Yields:
+            One (H * scale, W * scale, 3) uint8 RGB frame per frame, in order.
+
+        Raises:
+            FrameError: A frame has another shape or dtype; also a ValueError.
+            ServerError: No server is left; also a ConnectionError.
+            UpscaleError: A server refused a window.
+        """
+        frames = iter(frames)
+        first = next(frames, None)
+        if first is None:
+            return
+        layout = Layout.of(_checked(first, None), self._session.contract)
+        self._session.share_memory((self._session.contract.window, *layout.grid.tile, 3), self._transport)
+
+        def padded() -> Iterator[Frame]:
+            yield Frame(pad(first, layout.padded), 0)
+            for number, frame in enumerate(frames, start=1):
+                _checked(frame, layout.lr)
+                yield Frame(pad(frame, layout.padded), number)
+
+        shots = windows(padded(), self._session.contract.window, CutDetector(self._scene_threshold))
+        lr_windows = ([frame.image for frame in window] for window in shots)
+        for done, hr in enumerate(hr_from_windows(lr_windows, self._session, layout), start=1):
+            if progress:
+                progress(done)
+            yield hr
+
+    def close(self) -> None:
+        """Hang up, and let go of shared memory."""
+        self._stack.close()
+
+    def __enter__(self) -> Upscaler:
+        """Return the open connection."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+def _checked(frame: Image, size: Size | None) -> Size:
+    """Return a frame's size; raise FrameError if it is no RGB frame, or not of ``size``."""
+    shape = tuple(getattr(frame, "shape", ()))
+    dtype = getattr(frame, "dtype", type(frame).__name__)
+    is_rgb = dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and min(shape) > 0
+    if not is_rgb or (size is not None and shape[:2] != size):
+        expected = (*size, 3) if size else "(H, W, 3)"
+        raise FrameError(
+            f"expected frames of shape {expected} and dtype uint8, found {shape} {dtype}: "
+            "convert them to RGB of one size"
+        )
+    return int(shape[0]), int(shape[1])
