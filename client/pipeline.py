@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice, pairwise
@@ -17,13 +17,14 @@ import numpy as np
 
 from .errors import UpscaleError
 from .frames.scenes import CutDetector
-from .frames.tiles import Grid, grid_for
-from .frames.windows import Image, Size, crop, fitted_size, pad, windows
+from .frames.tiles import Grid
+from .frames.windows import Image, Size, pad, windows
 from .prefetch import Prefetch, Stage
 from .resume import ResumeState
 from .serving.contract import Contract
 from .serving.session import Session
 from .serving.transports import AUTO
+from .upscaler import Layout, hr_from_windows
 from .video.decode import Frame, Picture, Range, Video
 from .video.encode import PNG, Encoding, write_segment, write_y4m
 from .video.images import Images, writes_images
@@ -100,22 +101,16 @@ class Shapes:
     """The sizes of a run, from the frame that is decoded to the one that is encoded."""
 
     lr: Picture
-    fitted: Size
-    """The lr frame, padded to what the model takes."""
-    grid: Grid
-    model: Size
-    """What the model makes of the lr frame."""
+    layout: Layout
+    """How the frames pass through the model."""
     hr: Picture
     """What is encoded."""
 
 
 def shapes_of(lr: Picture, contract: Contract, final_size: Size | None) -> Shapes:
     """Work out the sizes of a run."""
-    scale = contract.scale
-    fitted = fitted_size(lr.size, contract.multiple_of, contract.min_size)
-    grid = grid_for(fitted, contract.max_size, contract.multiple_of)
-    model = (lr.size[0] * scale, lr.size[1] * scale)
-    size = final_size or model
+    layout = Layout.of(lr.size, contract)
+    size = final_size or layout.hr
     matrix = lr.display_matrix
     if matrix:  # its last row shifts the picture, in pixels
         shift_x, shift_y = matrix[6] * size[1] // lr.size[1], matrix[7] * size[0] // lr.size[0]
@@ -125,7 +120,7 @@ def shapes_of(lr: Picture, contract: Contract, final_size: Size | None) -> Shape
     if stretch != 1:  # pixels change their shape so that the picture keeps its own
         aspect = ((aspect or 1) * stretch).limit_denominator(LARGEST_ASPECT_TERM)
     hr = replace(lr, size=size, display_matrix=matrix, sample_aspect_ratio=aspect)
-    return Shapes(lr, fitted, grid, model, hr)
+    return Shapes(lr, layout, hr)
 
 
 class Pipeline:
@@ -147,22 +142,18 @@ class Pipeline:
         self._video, self._session, self._shapes = video, session, shapes
         self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range)), FRAMES_AHEAD)
         frames = self.starve.timed(self._frames)
-        lr_windows = islice(windows(frames, session.contract.window, self.cuts), skip, None)
-        hr_bytes = 3 * math.prod(shapes.model)
+        shots = islice(windows(frames, session.contract.window, self.cuts), skip, None)
+        lr_windows = ([frame.image for frame in window] for window in shots)
+        hr_bytes = 3 * math.prod(shapes.layout.hr)
         depth = min(FRAMES_AHEAD, max(1, BYTES_AHEAD // hr_bytes))
-        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
+        self._answers = Prefetch(
+            self.pass_on.timed(hr_from_windows(lr_windows, session, shapes.layout)), depth
+        )
 
     def _lr_frames(self, wanted: Range) -> Iterator[Frame]:
         for frame in self._video.frames(wanted):
             self.pts.append(frame.pts)
-            yield replace(frame, image=pad(frame.image, self._shapes.fitted))
-
-    def _hr_frames(self, lr_windows: Iterable[tuple[Frame, ...]]) -> Iterator[Image]:
-        grid = self._shapes.grid
-        stacked = (np.stack([frame.image for frame in window]) for window in lr_windows)
-        answers = self._session.hr_frames(tile for window in stacked for tile in grid.split(window))
-        while tiles := list(islice(answers, grid.count)):
-            yield crop(grid.merge(tiles, self._session.contract.scale), self._shapes.model)
+            yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
 
     def __iter__(self) -> Iterator[Image]:
         """Yield (H * scale, W * scale, 3) uint8 RGB frames in order."""
@@ -271,7 +262,7 @@ class Run:
     def _start(self, dst: Path, finished: int) -> Iterator[Image]:
         """Set the stages going; yields hr frames from the first that is not finished."""
         self._started_s = time.monotonic()
-        _say_how(self._session, self._shapes.grid, self._options)
+        _say_how(self._session, self._shapes.layout.grid, self._options)
         self._watcher.started(dst, self._video.frames_expected(self._options.range), finished)
         self._feed = Pipeline(self._video, self._session, self._shapes, self._options, finished)
         return self._counted(self._feed)
