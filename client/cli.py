@@ -106,6 +106,7 @@ a_file = click.Path(path_type=Path)
     metavar="WAY",
     help=f"{', '.join(TRANSPORTS)} [{AUTO}].",
 )
+@on_server("--allow-mixed-weights", is_flag=True, help="Let servers with different weights share a clip.")
 @on_server("--tls-ca", type=a_file, metavar="FILE", help="Authorities to trust, for grpcs:// addresses.")
 @on_server("--tls-cert", type=a_file, metavar="FILE", help="Certificate of this client.")
 @on_server("--tls-key", type=a_file, metavar="FILE", help="Key of this client.")
@@ -155,6 +156,7 @@ def main(
     preset: str | None,
     pix_fmt: str | None,
     segment_frames: int,
+    allow_mixed_weights: bool,
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -225,7 +227,7 @@ def main(
             allow_hdr=allow_hdr,
         )
         security = Security(tls_ca, tls_cert, tls_key, token)
-        with open_session(url.split(","), model, security, patience) as session:
+        with open_session(url.split(","), model, security, patience, allow_mixed_weights) as session:
             if dry_run:
                 for one, out in jobs:
                     click.echo(rehearse(one, out, session, options))

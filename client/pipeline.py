@@ -222,7 +222,7 @@ class Run:
         options = replace(self._options, encoding=PNG) if is_images else self._options
         hr = self._shapes.hr
         identity = identity_of(source, self._session.contract, options)
-        with ResumeState(dst, identity, self._session.fingerprints(), options.restart) as part:
+        with ResumeState(dst, identity, self._session.weights(), options.restart) as part:
             join = Images(part.joined, source) if is_images else Muxer(part.joined, source, hr)
             if not part.segments():
                 rehearse(part.folder / "rehearsal.segment", join, hr, options.encoding)

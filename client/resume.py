@@ -6,14 +6,15 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import UpscaleError
+from .serving.identity import Identity, manifest_entries, unknown_weights
 
-FINGERPRINTS = "weights"  # key of the manifest
-SHOWN_DIGITS = 12  # of a fingerprint; who wants to compare all of them finds them in the manifest
+WEIGHTS = "weights"  # key of the manifest
 
 
 class ResumeState:
@@ -25,12 +26,12 @@ class ResumeState:
     Args:
         out: The output file the run is to give.
         identity: All that decides what the frames look like, JSON-able.
-        fingerprints: Of the weights behind every server, by its address.
+        weights: Of every server, by its address.
         restart: Throw away what another run left, whatever it was.
     """
 
     def __init__(
-        self, out: Path, identity: dict[str, Any], fingerprints: dict[str, str], restart: bool = False
+        self, out: Path, identity: dict[str, Any], weights: Mapping[str, Identity], restart: bool = False
     ) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".part")
@@ -51,7 +52,7 @@ class ResumeState:
                 for path in self.folder.iterdir():
                     if path.name != "lock":
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self._claim(identity, fingerprints)
+            self._claim(identity, weights)
         except BaseException:
             self._lock.close()
             raise
@@ -68,19 +69,19 @@ class ResumeState:
             shutil.rmtree(self.folder)
         self._lock.close()
 
-    def _claim(self, identity: dict[str, Any], fingerprints: dict[str, str]) -> None:
+    def _claim(self, identity: dict[str, Any], weights: Mapping[str, Identity]) -> None:
         manifest = self.folder / "manifest.json"
         try:
             left: dict[str, Any] = json.loads(manifest.read_text())
         except FileNotFoundError:
             draft = manifest.with_suffix(".draft")
-            ours = identity | {FINGERPRINTS: sorted(set(fingerprints.values()))}
+            ours = identity | {WEIGHTS: manifest_entries(weights)}
             draft.write_text(json.dumps(ours, indent=2) + "\n")
             os.replace(draft, manifest)
             return
         except ValueError as err:
             raise UpscaleError(f"{manifest} is damaged: start over with --restart") from err
-        recorded = left.pop(FINGERPRINTS, [])
+        recorded = left.pop(WEIGHTS, [])
         for key in sorted({*identity, *left}):
             if left.get(key) != identity.get(key):
                 raise UpscaleError(
@@ -88,14 +89,12 @@ class ResumeState:
                     f"{identity.get(key)}, found {left.get(key)}; start over with --restart, or run as before"
                 )
         # Servers may have left or come back elsewhere; what counts is that none brings other weights.
-        for address, found in fingerprints.items():
-            if found not in recorded:
-                expected = " or ".join(one[:SHOWN_DIGITS] for one in recorded) or "none"
-                raise UpscaleError(
-                    f"{self.folder} holds an unfinished run with other weights: expected probe answer "
-                    f"{expected}, found {found[:SHOWN_DIGITS]} from {address}; start over with --restart, "
-                    "or serve the model of that run"
-                )
+        unknown = unknown_weights(weights, recorded)
+        if unknown:
+            raise UpscaleError(
+                f"{self.folder} holds an unfinished run with other weights: {unknown}; start over with "
+                "--restart, or serve the model of that run"
+            )
 
     def segments(self) -> list[Path]:
         """Finished segments without a gap, in order."""

@@ -8,6 +8,7 @@ from tritonclient.grpc.model_config_pb2 import TYPE_UINT8, ModelConfig, ModelIns
 
 from ..errors import UpscaleError
 from ..frames.windows import Size
+from .identity import IDENTITY_PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Contract:
     min_size: Size
     max_size: Size
     parameters: tuple[tuple[str, str], ...]
-    """All that the ensemble publishes about itself, sorted by name."""
+    """All that the ensemble publishes about itself but its weights, sorted by name."""
 
 
 def contract_from_config(config: ModelConfig, where: str) -> Contract:
@@ -81,7 +82,13 @@ def contract_from_config(config: ModelConfig, where: str) -> Contract:
         multiple_of=number("multiple_of"),
         min_size=size("min_size"),
         max_size=size("max_size"),
-        parameters=tuple(sorted((name, p.string_value) for name, p in config.parameters.items())),
+        parameters=tuple(
+            sorted(
+                (name, parameter.string_value)
+                for name, parameter in config.parameters.items()
+                if name not in IDENTITY_PARAMETERS
+            )
+        ),
     )
 
 

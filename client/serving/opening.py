@@ -19,6 +19,7 @@ def open_session(
     model: str = DEFAULT_MODEL,
     security: Security = NO_SECURITY,
     patience_s: float = DEFAULT_PATIENCE_S,
+    allow_mixed_weights: bool = False,
 ) -> Iterator[Session]:
     """Connect to servers of one ensemble, and hang up at the end.
 
@@ -27,6 +28,7 @@ def open_session(
         model: Name of the ensemble.
         security: For ``grpcs://`` addresses.
         patience_s: How long to go on without any server.
+        allow_mixed_weights: Let servers with different weights answer, frame by frame.
 
     Raises:
         UpscaleError: A server is not there, or serves something else.
@@ -36,4 +38,4 @@ def open_session(
         for url in urls:
             servers.append(Server(url.strip(), model, security))
             stack.callback(servers[-1].close)
-        yield Session(servers, patience_s=patience_s)
+        yield Session(servers, patience_s, allow_mixed_weights=allow_mixed_weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
@@ -28,8 +27,3 @@ def probe_window(window: int, multiple_of: int, min_size: Size) -> Image:
     # Integer arithmetic: unlike those of a generator of random numbers, its values are the same forever.
     noise = np.arange(math.prod(shape), dtype=np.uint64) * KNUTH % 2**32 >> 24
     return noise.astype(np.uint8).reshape(shape)
-
-
-def fingerprint_of(hr: Image) -> str:
-    """Sha256 of the answer to it."""
-    return hashlib.sha256(hr.tobytes()).hexdigest()

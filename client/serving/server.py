@@ -15,7 +15,8 @@ from tritonclient.utils import InferenceServerException
 from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
 from .contract import contract_from_config, instance_count
-from .probe import PROBE_ID, fingerprint_of, probe_window
+from .identity import Identity, identity_of
+from .probe import PROBE_ID, probe_window
 from .security import Security
 from .transports import AUTO, ring_for
 from .transports.system import Ring
@@ -73,7 +74,7 @@ class Server:
         self.address, tls = address_from_url(url)
         self._ring: Ring | None = None
         self._transport = AUTO
-        self._fingerprint: str | None = None
+        self._identity: Identity | None = None
         options = [
             ("grpc.max_send_message_length", UNLIMITED_BYTES),
             ("grpc.max_receive_message_length", UNLIMITED_BYTES),
@@ -86,7 +87,7 @@ class Server:
         credentials = security.credentials() if tls else None
         self._client = InferenceServerClient(self.address, creds=credentials, channel_args=options)
         try:
-            config = self._config(model)
+            self._ensemble = config = self._config(model)
             self.contract = contract_from_config(config, self.address)
             steps = {step.model_name for step in config.ensemble_scheduling.step} or {model}
             instances = min(instance_count(self._config(step)) for step in steps)
@@ -132,31 +133,33 @@ class Server:
             # A server that was started again knows nothing of the old ring; one that was only cut off
             # may still be writing into it.
             self.share_memory(self._ring.lr_shape, self._transport)
-        if self._fingerprint:
+        if self._identity:
+            self._ensemble = self._config(model)
             found = self._probe(ASK_TIMEOUT_S)
-            if found != self._fingerprint:
+            difference = self._identity.difference(found)
+            if difference:
                 raise UpscaleError(
-                    f"expected the weights of before at {self.address}, found that it came back with others "
-                    f"(probe answer {found[:12]}, was {self._fingerprint[:12]}): serve the same model again"
+                    f"expected the weights of before at {self.address}, found that it came back with others: "
+                    f"{self._identity}, now {found}, {difference}; serve the same model again"
                 )
 
-    def fingerprint(self) -> str:
-        """Tell the weights behind this server from others, by its answer to one fixed window.
+    def identity(self) -> Identity:
+        """Tell the weights behind this server from others.
 
         Raises:
-            UpscaleError: There was no answer.
+            UpscaleError: There was no answer to the probe.
         """
-        if self._fingerprint is None:
+        if self._identity is None:
             try:
-                self._fingerprint = self._probe(PROBE_TIMEOUT_S)
+                self._identity = self._probe(PROBE_TIMEOUT_S)
             except InferenceServerException as err:
                 raise UpscaleError(
                     f"expected an answer to a small probe from {self.address}, found: {err.message()}; "
                     "see the server's log"
                 ) from err
-        return self._fingerprint
+        return self._identity
 
-    def _probe(self, timeout_s: float) -> str:
+    def _probe(self, timeout_s: float) -> Identity:
         contract = self.contract
         lr_window = probe_window(contract.window, contract.multiple_of, contract.min_size)
         lr_input = InferInput(contract.input_name, [1, *lr_window.shape], "UINT8")
@@ -165,7 +168,7 @@ class Server:
         hr, error = self._hr_from_result(result, lr_window.shape, None, 0)
         if hr is None:
             raise error or InferenceServerException("no frame")
-        return fingerprint_of(hr)
+        return identity_of(self._ensemble, hr)
 
     def share_memory(self, lr_shape: tuple[int, ...], transport: str = AUTO) -> str:
         """Pass windows of this shape and their answers through shared memory from now on, if possible.

@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
 from .contract import Contract
+from .identity import Identity, different_servers
 from .server import START_HINT, Done
 from .transports import AUTO
 
@@ -42,7 +43,7 @@ class ServerProtocol(Protocol):
     def check(self) -> None:
         """Return if the ensemble can be asked now, raise InferenceServerException otherwise."""
 
-    def fingerprint(self) -> str:
+    def identity(self) -> Identity:
         """Tell the weights behind the server from others."""
 
     def share_memory(self, lr_shape: tuple[int, ...], transport: str) -> str:
@@ -89,10 +90,18 @@ class Session:
         servers: At least one; all with the same contract.
         patience_s: How long to go on without any server.
         stall_s: How long to wait for the next answer of servers that are there.
+        allow_mixed_weights: Let servers with different weights answer, frame by frame.
+
+    Raises:
+        UpscaleError: The servers differ.
     """
 
     def __init__(
-        self, servers: Sequence[ServerProtocol], patience_s: float = 60.0, stall_s: float = 900.0
+        self,
+        servers: Sequence[ServerProtocol],
+        patience_s: float = 60.0,
+        stall_s: float = 900.0,
+        allow_mixed_weights: bool = False,
     ) -> None:
         self.contract = servers[0].contract
         for server in servers[1:]:
@@ -112,10 +121,16 @@ class Session:
         self._busy_lock = threading.Lock()
         self._last_sign_of_life_s = time.monotonic()
         self._answered: _Answers = queue.SimpleQueue()
+        different = None if allow_mixed_weights else different_servers(self.weights())
+        if different:
+            raise UpscaleError(
+                f"expected the same weights everywhere, found that {different}; "
+                "name servers of one model with --url, or pass --allow-mixed-weights"
+            )
 
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of the weights by server address; all may differ, as INT8 and FP16 do."""
-        return {line.server.address: line.server.fingerprint() for line in self._lines}
+    def weights(self) -> dict[str, Identity]:
+        """What weights each server has, by its address."""
+        return {line.server.address: line.server.identity() for line in self._lines}
 
     def share_memory(self, lr_shape: tuple[int, ...], transport: str = AUTO) -> str:
         """Use shared memory for windows of this shape where it can be; return how they pass, and why."""

@@ -185,8 +185,9 @@ def test_no_windows_no_answers(open_session):
 
 
 def test_a_wrong_answer_is_refused(open_session):
-    with FakeTriton(network=lambda windows: nearest(windows)[:, ::2]) as triton:
+    with FakeTriton() as triton:
         session = open_session(triton)
+        triton.network = lambda windows: nearest(windows)[:, ::2]
         with pytest.raises(UpscaleError, match=r"UINT8 \[1, 64, 64, 3\], found UINT8 \[1, 32"):
             list(session.hr_frames(lr_windows(3)))
 
@@ -195,11 +196,11 @@ def test_an_error_of_the_model_is_told(open_session):
     def fail(windows):
         raise RuntimeError("the model broke")
 
-    with (
-        FakeTriton(network=fail) as triton,
-        pytest.raises(UpscaleError, match=r"refused frame \d of this run"),
-    ):
-        list(open_session(triton).hr_frames(lr_windows(3)))
+    with FakeTriton() as triton:
+        session = open_session(triton)
+        triton.network = fail
+        with pytest.raises(UpscaleError, match=r"refused frame \d of this run"):
+            list(session.hr_frames(lr_windows(3)))
 
 
 def test_a_server_that_comes_back_is_used_again(open_session):
