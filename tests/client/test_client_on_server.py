@@ -126,7 +126,8 @@ def test_a_run_goes_on_with_the_same_weights_only(toy_repository, tmp_path):
     others = shutil.copytree(toy_repository, tmp_path / "others")
     generator = onnx.load(others / "generator" / "1" / "model.onnx")
     weight = next(one for one in generator.graph.initializer if one.name == "weight_0")
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    reordered = onnx.numpy_helper.to_array(weight)[::-1].copy()
+    weight.CopyFrom(onnx.numpy_helper.from_array(reordered, weight.name))
     onnx.save(generator, others / "generator" / "1" / "model.onnx")
 
     with TritonServer(toy_repository, tmp_path / "first.log") as server:
