@@ -50,7 +50,7 @@ configs: setup  ## Regenerate every config.pbtxt from export/spec.py
 serve: $(MODELS)  ## Serve model_repository/ on loopback  [SERVE_ARGS=...]
 	$(BIN)/tritonserver --model-repository=model_repository $(SERVE_ARGS)
 
-doctor: setup  ## What serving here will trip over, and the flag that cures it  [DOCTOR="--size 640x360"]
+doctor: setup  ## Common serving problems of this machine, each with its fix  [DOCTOR="--size 640x360"]
 	$(BIN)/python -m deploy.doctor $(DOCTOR)
 
 demo: $(MODELS)  ## Upscale a real clip through a real server, and show it beside bicubic

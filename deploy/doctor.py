@@ -1,6 +1,6 @@
-"""``make doctor``: this machine in, what serving will trip over out, each with the command that cures it.
+"""``make doctor``: check this machine for common serving problems, and print the command that fixes each.
 
-It looks and changes nothing. Numbers follow from the contract and the frame size that is to be served.
+It changes nothing. Sizes follow from the served tensors and the frame size that is to be served.
 """
 
 from __future__ import annotations
@@ -32,9 +32,19 @@ REPOSITORY = ROOT / "model_repository"
 MB = 2**20
 CUDA_POOL, PINNED_POOL = 64 * MB, 256 * MB  # Triton's defaults
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-# Triton server versions by the release of NVIDIA's image that brought --allow-client-shm and turned it off.
-CLIENT_SHM_FROM = (2, 68)  # 26.04
-SAFE_FROM = (2, 71)  # 26.07
+EMBEDDED = "2.51.0"  # the Triton of nvidia-pytriton 0.7.0
+# By Triton's version. Each release has the fixes of those before it, and an older one lacks them.
+SECURITY_FIXES = {
+    (2, 66): "5816 (26.02)",
+    (2, 67): "5828, critical (26.03)",
+    (2, 68): "5848 (26.04)",
+    (2, 69): "5853 (26.05)",
+    (2, 70): "5865, critical (26.06)",
+    (2, 71): "5875 (26.07)",
+}
+"""Security bulletin of NVIDIA, and the release of its image."""
+CLIENT_SHM_FLAG_FROM = (2, 68)
+"""From here on clients may use shared memory only with --allow-client-shm; before, always, without a flag."""
 LEVELS = ("ok", "warn", "error")
 
 
@@ -84,7 +94,7 @@ def check_shm(lr_size: spec.Size, shm: Path = Path("/dev/shm")) -> Finding:
 
 
 def check_pools(lr_size: spec.Size, gpus: Sequence[str]) -> Iterator[Finding]:
-    """Memory that NVIDIA's server keeps for what passes between the stages; the embedded one has no GPU."""
+    """Pools of NVIDIA's server for tensors between the stages; the embedded server does not use them."""
     between = {tensor for stage in spec.STAGES for tensor in (*stage.inputs, *stage.outputs)}
     ends = (*spec.ENSEMBLE.inputs, *spec.ENSEMBLE.outputs)
     cuda = frame_bytes(tuple(between), lr_size) * in_flight()
@@ -103,38 +113,42 @@ def check_pools(lr_size: spec.Size, gpus: Sequence[str]) -> Iterator[Finding]:
             yield Finding("warn", name, f"{text}: the rest goes through the host", flag.format(size))
 
 
-def check_server(url: str | None) -> Finding:
-    """Version of a running server, or of the embedded one, and whether clients may use shared memory."""
+def check_server(url: str | None) -> Iterator[Finding]:
+    """Version of a running server, or of the embedded one: security fixes, and shared memory for clients."""
     if url is None:
         try:
             find_wheel()
         except LaunchError as err:
-            return Finding("error", "server", str(err), "make setup")
-        wheel = metadata.version("nvidia-pytriton")
-        return Finding(
-            "ok", "server", f"embedded Triton of nvidia-pytriton {wheel}; clients may use shared memory"
-        )
-    try:
-        with triton.InferenceServerClient(url) as client:
-            version = client.get_server_metadata(client_timeout=10).version
-    except InferenceServerException as err:
-        text = f"expected a Triton server at {url}, found none ({err.message()})"
-        return Finding("error", "server", text, "make serve, or --url host:port of its gRPC")
+            yield Finding("error", "server", str(err), "make setup")
+            return
+        version, where = EMBEDDED, "the embedded server"
+    else:
+        try:
+            with triton.InferenceServerClient(url) as client:
+                version, where = client.get_server_metadata(client_timeout=10).version, url
+        except InferenceServerException as err:
+            text = f"expected a Triton server at {url}, found none ({err.message()})"
+            yield Finding("error", "server", text, "make serve, or --url host:port of its gRPC")
+            return
     found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if found >= SAFE_FROM:
-        return Finding(
-            "warn", "server", f"Triton {version} at {url} keeps clients out of shared memory unless told",
+
+    lacking = [bulletin for since, bulletin in SECURITY_FIXES.items() if found < since]
+    server = f"Triton {version}, {where}"
+    if lacking:
+        yield Finding(
+            "warn", "server", f"{server}: lacks the fixes of security bulletins {'; '.join(lacking)}",
+            "use nvcr.io/nvidia/tritonserver:26.07-py3 or newer where strangers can reach the server",
+        )  # fmt: skip
+    else:
+        yield Finding("ok", "server", f"{server}: has all known security fixes up to 26.07")
+
+    if found < CLIENT_SHM_FLAG_FROM:
+        yield Finding("ok", "client memory", "clients on this machine may use shared memory")
+    else:
+        yield Finding(
+            "warn", "client memory", "clients may use shared memory only if the server was started so",
             "--allow-client-shm=true, if client and server share this machine and trust each other",
         )  # fmt: skip
-    if found >= CLIENT_SHM_FROM:
-        return Finding(
-            "warn", "server", f"Triton {version} at {url} lacks security fixes, shuts out shared memory",
-            "use nvcr.io/nvidia/tritonserver:26.07-py3, with --allow-client-shm=true if client and server "
-            "share this machine",
-        )  # fmt: skip
-    return Finding(
-        "ok", "server", f"Triton {version} at {url}: shared memory is open to clients, it has no flag for it"
-    )
 
 
 def check_stub() -> Iterator[Finding]:
@@ -257,7 +271,7 @@ def examine(lr_size: spec.Size, url: str | None) -> list[Finding]:
         Finding("ok", "GPU", f"compute capability {', '.join(gpus)}" if gpus else "none; the CPU serves"),
         check_cpu(),
         *check_stub(),
-        check_server(url),
+        *check_server(url),
         *([] if url else check_ports()),  # a running server has them
         *check_repository(),
         *check_plans(gpus, tensorrt=tensorrt),

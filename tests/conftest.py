@@ -18,6 +18,8 @@ from export import parity, repository
 from export.checkpoint import save_checkpoint
 from export.network import WIDTHS, MstGan
 
+pytest_plugins = ["leftovers"]
+
 # A shell that starts tests in the background has them ignore Ctrl-C, and with them every client they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -30,6 +30,14 @@ dynamic_batching { preferred_batch_size: [4] max_queue_delay_microseconds: 20000
 """
 
 
+BUSY_CONFIG = """
+backend: "onnxruntime"
+input { name: "rounds" data_type: TYPE_INT64 dims: [1] }
+output { name: "done" data_type: TYPE_INT64 dims: [1] }
+instance_group { count: 1 kind: KIND_CPU }
+"""
+
+
 def build_toy_models(folder: Path) -> None:
     """Write ``<stage>.onnx`` for every stage of the contract."""
     for stage, nodes, constants in (
@@ -65,6 +73,48 @@ def add_batch_witness(repository: Path) -> None:
         [helper.make_tensor_value_info("anything", TensorProto.FLOAT, ["N", 1])],
         [helper.make_tensor_value_info("batch", TensorProto.INT64, ["N", 1])],
         {"first": np.array([0])},
+    )
+
+
+def build_busy_repository(repository: Path) -> None:
+    """Make a repository of one model, ``busy``: works the rounds that it is asked for, and answers with them.
+
+    One instance, which starts quickly and can be kept at work: 10 000 rounds are half a second or more.
+    """
+    model = repository / "busy"
+    (model / "1").mkdir(parents=True)
+    (model / "config.pbtxt").write_text(BUSY_CONFIG)
+    matrix = helper.make_tensor_value_info("matrix", TensorProto.FLOAT, [64, 64])
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["going_on"], ["goes_on"]),
+            helper.make_node("MatMul", ["matrix", "turn"], ["turned"]),
+        ],
+        "round",
+        [
+            helper.make_tensor_value_info("index", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going_on", TensorProto.BOOL, []),
+            matrix,
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("turned", TensorProto.FLOAT, [64, 64]),
+        ],
+        [numpy_helper.from_array(np.eye(64, dtype=np.float32)[::-1].copy(), "turn")],
+    )
+    nodes = [
+        helper.make_node("Squeeze", ["rounds"], ["count"]),
+        helper.make_node("Loop", ["count", "", "start"], ["end"], body=body),
+        helper.make_node("ReduceSum", ["end"], ["sum"], keepdims=0),  # 0: kept, so that the loop is
+        helper.make_node("Cast", ["sum"], ["nothing"], to=TensorProto.INT64),
+        helper.make_node("Add", ["rounds", "nothing"], ["done"]),
+    ]
+    _save(
+        model / "1/model.onnx",
+        nodes,
+        [helper.make_tensor_value_info("rounds", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("done", TensorProto.INT64, [1])],
+        {"start": np.zeros((64, 64), np.float32)},
     )
 
 

@@ -1,4 +1,4 @@
-"""The ``tritonserver`` command: arguments in, and this process becomes the wheel's Triton server.
+"""The ``tritonserver`` command: check what the embedded server needs, then become it.
 
 PyPI's nvidia-pytriton carries NVIDIA's Triton with the Python backend and no other. Beside it we put our own
 ``onnxruntime`` backend, written for the Python backend, so that the repository needs no second config.
@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -20,6 +21,11 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from itertools import pairwise
 from pathlib import Path
+
+if not __package__:  # run as a file, by the ``tritonserver`` command
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deploy.embedded import cleanup
 
 MIN_GLIBC = (2, 35)  # what the wheel's libtritonserver is linked against
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -31,9 +37,13 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": 32 << 20, "MALLOC_TRIM_THRESHOLD_": 256 << 2
 """Bytes, for glibc. By default it hands a frame's buffers back to the kernel and has them zeroed again for
 the next: at 320x180 2 to 3 ms of a core for each frame, of the 45 that all stages take with the student."""
 
-# No flags for shared memory: each instance's region starts at 1 MB and grows to what its batches need (with
-# batches of 4 at 1280x720 all six together take at most 1.7 GB). Where /dev/shm is
-# smaller, Triton answers the request with an error that says so. What matters is the size of /dev/shm.
+REGION_BYTES = 1 << 20
+"""Shared memory of one model instance at first. It grows to what its batches need: with batches of 4 at
+1280x720 all six together take at most 1.7 GB. Where /dev/shm is smaller, Triton answers the request with an
+error that says so."""
+PREFIX_SETTING = "python,shm-region-prefix-name="
+OWNER_VARIABLE = "TRITONSERVER_OWNER_PIDFD"
+"""Environment variable with an inherited pidfd: the server is killed when that process ends."""
 
 log = logging.getLogger("tritonserver")
 
@@ -49,7 +59,11 @@ def main() -> None:
     try:
         wheel = find_wheel()
         check_packages()
-        check_repositories(arguments)
+        instances = check_repositories(arguments)
+        prefix = given_prefix(arguments)
+        if prefix is None:
+            cleanup.remove_leftovers()
+        check_shared_memory(instances)
         command = [
             str(wheel / "tritonserver/bin/tritonserver"),
             f"--backend-directory={copy_backends(wheel)}",
@@ -68,7 +82,42 @@ def main() -> None:
         sys.exit(f"tritonserver: {err}")
     assignments = shlex.join(["env", *(f"{name}={value}" for name, value in environment.items())])
     log.info("%s %s", assignments, shlex.join(command))
+    if prefix is None:
+        # Triton's own default is the same for all servers, which hides whose a region is. This one names this
+        # process, so it is of no use in the printed command.
+        prefix = cleanup.region_prefix(os.getpid())
+        command.insert(1, f"--backend-config={PREFIX_SETTING}{prefix}")
+    start_cleanup(prefix)
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+def given_prefix(arguments: Sequence[str]) -> str | None:
+    """Prefix that the user gave to the names of shared memory regions; of several, Triton takes the last."""
+    given = [
+        setting.removeprefix(PREFIX_SETTING)
+        for setting in flag_values(arguments, "--backend-config")
+        if setting.startswith(PREFIX_SETTING)
+    ]
+    return given[-1] if given else None
+
+
+def start_cleanup(prefix: str) -> None:
+    """Start the process that cleans up after this server, even one that is killed."""
+    owner = os.environ.get(OWNER_VARIABLE)
+    pidfds = [*cleanup.own_pidfd(), *([int(owner)] if owner else [])]
+    if not pidfds:
+        log.warning("no pidfd before Linux 5.3: if this server is killed, end its model instances by hand")
+        return
+    subprocess.Popen(
+        [sys.executable, "-P", cleanup.__file__, prefix, str(os.getpid()), *map(str, pidfds)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # or who reads the server's output would wait for this process as well
+        stderr=subprocess.DEVNULL,
+        pass_fds=pidfds,
+        start_new_session=True,  # what ends the server's process group must not end it
+    )
+    for pidfd in pidfds:
+        os.set_inheritable(pidfd, False)
 
 
 def find_wheel() -> Path:
@@ -115,8 +164,13 @@ def find_libpython() -> Path:
     )
 
 
-def check_repositories(arguments: Sequence[str]) -> None:
-    """Say in one line what Triton says in a page: no repository there, or no exported models in it."""
+def check_repositories(arguments: Sequence[str]) -> int:
+    """Say in one line what Triton says in a page: no repository there, or no exported models in it.
+
+    Returns:
+        Instances of all models that will be loaded, as far as is known.
+    """
+    instances = 0
     for flag in ("--model-repository", "--model-store"):
         for value in flag_values(arguments, flag):
             repository = Path(value)
@@ -128,25 +182,46 @@ def check_repositories(arguments: Sequence[str]) -> None:
             if flag_values(arguments, "--model-control-mode"):
                 continue  # models may come later
             for config in sorted(repository.glob("*/config.pbtxt")):
-                check_model(config.parent, flag_values(arguments, "--model-config-name"))
+                instances += check_model(config.parent, flag_values(arguments, "--model-config-name"))
+    return instances
 
 
-def check_model(model: Path, targets: Sequence[str]) -> None:
+def check_model(model: Path, targets: Sequence[str]) -> int:
     """Refuse a model whose chosen configuration names a file that is not there.
 
     Args:
         model: The model's folder.
         targets: Values of ``--model-config-name``, the last of which Triton takes.
+
+    Returns:
+        Its instances that the embedded server runs in processes of their own.
     """
     chosen = model / "configs" / f"{targets[-1]}.pbtxt" if targets else model / "config.pbtxt"
     text = (chosen if chosen.is_file() else model / "config.pbtxt").read_text()
     if not re.search(r'^backend: "onnxruntime"', text, re.MULTILINE):
-        return
+        return 0
     named = re.search(r'^default_model_filename: "(.+)"', text, re.MULTILINE)
     file = named[1] if named else "model.onnx"
     if not any(model.glob(f"[0-9]*/{file}")):
         command = f"make export TARGET={targets[-1]}" if targets else "make export"
         raise LaunchError(f"{model / '1' / file} is missing: run `{command}`")
+    return sum(map(int, re.findall(r"\bcount: (\d+)", text))) or 1
+
+
+def check_shared_memory(instances: int) -> None:
+    """Refuse to start where the instances' first megabytes do not fit."""
+    folder = cleanup.SHARED_FOLDER
+    if not folder.is_dir():
+        raise LaunchError(
+            f"expected shared memory at {folder}, found no such folder: mount -t tmpfs tmpfs {folder}"
+        )
+    free, wanted = shutil.disk_usage(folder).free, instances * REGION_BYTES
+    if free < wanted:
+        raise LaunchError(
+            f"expected at least {wanted >> 20} MB free in {folder} for {instances} model instances, found "
+            f"{free >> 20} MB: remove what fills it, or enlarge it (docker run --shm-size=2g, or "
+            f"mount -o remount,size=2g {folder}); `make doctor` tells how much your frames need"
+        )
 
 
 def check_shell_safe(path: Path, what: str) -> None:

@@ -6,14 +6,16 @@ import http.client
 import logging
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+
+from deploy.embedded import cleanup
+from deploy.embedded.launcher import OWNER_VARIABLE
 
 POLL_S = 0.1
 STOP_TIMEOUT_S = 40  # Triton gives requests in flight 30 s to end, then leaves by itself
@@ -28,6 +30,8 @@ class ServerError(Exception):
 
 class TritonServer:
     """The embedded server on free loopback ports, ready inside ``with`` and stopped after it.
+
+    It is killed when this process ends without stopping it, killed itself or not.
 
     ``grpc_url``, ``http_url`` and ``metrics_url`` are ``host:port``, as Triton's clients take them.
     """
@@ -49,24 +53,31 @@ class TritonServer:
         self.http_url = f"127.0.0.1:{http_port}"
         self.grpc_url = f"127.0.0.1:{grpc_port}"
         self.metrics_url = f"127.0.0.1:{metrics_port}"
-        self.shm_prefix = f"mst_gan_{grpc_port}_"
         self.command = [
             str(Path(sys.executable).with_name("tritonserver")),
             f"--model-repository={repository}",
             f"--http-port={http_port}",
             f"--grpc-port={grpc_port}",
             f"--metrics-port={metrics_port}",
-            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *arguments,
         ]
 
     def start(self) -> None:
         """Start the process and do not wait: for who watches it load. ``with`` does the rest."""
         log.info("%s > %s", shlex.join(self.command), self.log_file)
-        with self.log_file.open("wb") as output:
-            # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
+        with ExitStack() as stack:
+            environment = dict(os.environ)
+            pidfds = cleanup.own_pidfd()
+            for pidfd in pidfds:
+                stack.callback(os.close, pidfd)
+                environment[OWNER_VARIABLE] = str(pidfd)
             self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                self.command,
+                stdout=stack.enter_context(self.log_file.open("wb")),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the server
+                pass_fds=pidfds,
+                env=environment,
             )
 
     def __enter__(self) -> TritonServer:
@@ -108,16 +119,12 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
-        # An instance that was at work when its server died waits for it forever, and keeps its shared memory.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for region in self.shm_regions():
-            region.unlink(missing_ok=True)
+        cleanup.clean(cleanup.region_prefix(self.process.pid), self.process.pid)
         return status
 
     def shm_regions(self) -> list[Path]:
         """Shared memory of the server's model instances."""
-        return list(Path("/dev/shm").glob(f"{self.shm_prefix}*"))
+        return cleanup.regions(cleanup.region_prefix(self.process.pid))
 
     def ready(self) -> bool:
         """Whether the server and all its models answer, and its metrics, which Triton opens last."""

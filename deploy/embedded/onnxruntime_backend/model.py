@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,56 @@ TRITON_TYPES = {
 }
 
 CPU_PROVIDER = "CPUExecutionProvider"
+QUEUE_SIZE = 1000  # messages; the Python backend's default
 GPU_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+class ControlBlock(ctypes.Structure):
+    """``IPCControlShm`` of triton-inference-server/python_backend (r24.10, src/pb_utils.h), on x86-64."""
+
+    _fields_ = (("flags", ctypes.c_bool * 8), ("mutexes", ctypes.c_char * 80), ("requests", ctypes.c_ssize_t))
+
+
+class MessageQueue(ctypes.Structure):
+    """``MessageQueueShm`` of the same (src/message_queue.h): a ring buffer of messages."""
+
+    _fields_ = (
+        ("semaphores_and_mutex", ctypes.c_char * 104), ("size", ctypes.c_size_t),
+        ("buffer", ctypes.c_ssize_t), ("head", ctypes.c_int), ("tail", ctypes.c_int),
+    )  # fmt: skip
+
+
+class AbandonmentCheck:
+    """Notices that Triton no longer waits for the answer that is being computed.
+
+    Triton 2.51 waits a second at a time, and gives up on an instance that did not report in meanwhile (it
+    does every 0.3 s): on a machine that stalls or is paused, or whose clock is set. It answers these requests
+    with an error, but then takes the late answer for that to the *next* requests and reads memory that is
+    free by then: wrong frames first, then a crash. So no answer may be given any more.
+
+    When it gives up it leaves a message in the instance's queue, which is empty as long as it waits.
+    """
+
+    OBJECT_HEADER_BYTES = 16  # AllocatedShmOwnership, before every object in the region
+
+    def __init__(self) -> None:
+        """Map the queue.
+
+        Raises:
+            OSError, ValueError, IndexError: Not in an instance's process, or of another release.
+        """
+        arguments = Path("/proc/self/cmdline").read_bytes().decode().split("\0")
+        region, self.server, control_handle = arguments[2], int(arguments[5]), int(arguments[7])
+        with Path("/dev/shm", region).open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 0)
+        control = ControlBlock.from_buffer(self._memory, control_handle + self.OBJECT_HEADER_BYTES)
+        self._queue = MessageQueue.from_buffer(self._memory, control.requests + self.OBJECT_HEADER_BYTES)
+        if self._queue.size != QUEUE_SIZE or self.is_abandoned():
+            raise ValueError(f"a queue of {self._queue.size}")
+
+    def is_abandoned(self) -> bool:
+        """Whether a message waits, which while a request is answered means that Triton gave up."""
+        return bool(self._queue.head != self._queue.tail)
 
 
 class TritonPythonModel:
@@ -84,6 +136,11 @@ class TritonPythonModel:
         check_signature(config, self.session)
         self.outputs = [output["name"] for output in config["output"]]
         self.one_by_one = self.batches and self.session.get_providers()[0] == CPU_PROVIDER
+        self.check: AbandonmentCheck | None = None
+        try:
+            self.check = AbandonmentCheck()
+        except (OSError, ValueError, IndexError) as err:
+            pb_utils.Logger.log_warn(f"{self.name}: no check that Triton still waits for an answer: {err}")
         pb_utils.Logger.log_info(
             f"{self.name} {args['model_instance_name']}: {path.name} on {self.session.get_providers()[0]}, "
             f"{options.intra_op_num_threads} threads"
@@ -91,6 +148,7 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request, in order; on a GPU, those of equal shape share one run."""
+        self._stop_if_abandoned()
         feeds = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
         # The dynamic batcher only brings equal shapes together. A model without a batch axis never shares.
         shares = self.batches and not self.one_by_one
@@ -103,7 +161,20 @@ class TritonPythonModel:
         for members in groups.values():
             for index, answer in zip(members, self._answer([feeds[i] for i in members]), strict=True):
                 answers[index] = answer
+        self._stop_if_abandoned()
         return answers
+
+    def _stop_if_abandoned(self) -> None:
+        """End the server rather than give an answer that it would take for another's."""
+        if self.check is None or not self.check.is_abandoned():
+            return
+        sys.stderr.write(
+            f"{self.name}: this instance stalled for over a second and Triton gave up on it; its answer "
+            "would be taken for that to another request. The server is killed: start it again\n"
+        )
+        if os.getppid() == self.check.server:
+            os.kill(self.check.server, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _answer(self, feeds: Sequence[Feeds]) -> list[Any]:
         """Responses to requests of one shape; when their common run fails, each gets a run of its own."""

@@ -1,8 +1,9 @@
-"""The doctor: every finding by a fake of what causes it, and its cure to the letter."""
+"""``make doctor``: each finding, caused by a fake of its cause, with the exact fix."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -54,16 +55,9 @@ def test_pools_too_small_for_the_resolution() -> None:
     assert {f.level for f in doctor.check_pools(HD, [])} == {"ok"}  # nothing to set without a GPU
 
 
-@pytest.mark.parametrize(
-    ("version", "level", "flag", "image"),
-    [
-        ("2.51.0", "ok", False, False), ("2.67.0", "ok", False, False),
-        ("2.68.0", "warn", True, True), ("2.71.0", "warn", True, False),
-    ],
-)  # fmt: skip
-def test_servers_and_the_flag_they_know(
-    monkeypatch: pytest.MonkeyPatch, version: str, level: str, flag: bool, image: bool
-) -> None:
+def findings_of(monkeypatch: pytest.MonkeyPatch, version: str) -> tuple[Finding, Finding]:
+    """About security and about shared memory, of a server of this version."""
+
     class Client:
         def __init__(self, url: str) -> None:
             assert url == "host:8001"
@@ -78,23 +72,56 @@ def test_servers_and_the_flag_they_know(
             return SimpleNamespace(version=version)
 
     monkeypatch.setattr(doctor.triton, "InferenceServerClient", Client)
-    finding = doctor.check_server("host:8001")
-    assert finding.level == level
-    assert ("--allow-client-shm=true" in finding.fix) == flag
-    assert ("26.07" in finding.fix) == image
+    security, memory = doctor.check_server("host:8001")
+    return security, memory
+
+
+@pytest.mark.parametrize(
+    ("version", "lacking"),
+    [
+        ("2.51.0", ["5816", "5828", "5848", "5853", "5865", "5875"]),
+        ("2.65.0", ["5816", "5828", "5848", "5853", "5865", "5875"]),
+        ("2.66.0", ["5828", "5848", "5853", "5865", "5875"]),
+        ("2.67.0", ["5848", "5853", "5865", "5875"]),
+        ("2.68.0", ["5853", "5865", "5875"]),
+        ("2.69.0", ["5865", "5875"]),
+        ("2.70.0", ["5875"]),
+        ("2.71.0", []), ("2.72.0", []), ("2.100.0", []), ("3.0.0", []),
+    ],
+)  # fmt: skip
+def test_an_older_server_lacks_every_later_fix(
+    monkeypatch: pytest.MonkeyPatch, version: str, lacking: list[str]
+) -> None:
+    security, _ = findings_of(monkeypatch, version)
+    assert security.level == ("warn" if lacking else "ok")
+    assert re.findall(r"\b5\d{3}\b", security.text) == lacking
+    assert ("tritonserver:26.07-py3" in security.fix) == bool(lacking)
+
+
+@pytest.mark.parametrize(
+    ("version", "flag"), [("2.51.0", False), ("2.67.0", False), ("2.68.0", True), ("2.71.0", True)]
+)
+def test_the_flag_for_shared_memory_is_named_to_servers_that_know_it(
+    monkeypatch: pytest.MonkeyPatch, version: str, flag: bool
+) -> None:
+    _, memory = findings_of(monkeypatch, version)
+    assert memory.level == ("warn" if flag else "ok")
+    assert ("--allow-client-shm=true" in memory.fix) == flag
 
 
 def test_no_server() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, but not listening
-        finding = doctor.check_server(f"127.0.0.1:{unused.getsockname()[1]}")
+        (finding,) = doctor.check_server(f"127.0.0.1:{unused.getsockname()[1]}")
     assert finding.level == "error" and "expected a Triton server at 127.0.0.1:" in finding.text
 
 
 def test_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_server(None).level == "ok"
+    security, memory = doctor.check_server(None)
+    assert security.level == "warn" and security.text.startswith("Triton 2.51.0, the embedded server: lacks")
+    assert memory.level == "ok"
     monkeypatch.setattr(doctor, "find_wheel", fail(LaunchError("no wheel")))
-    assert doctor.check_server(None) == Finding("error", "server", "no wheel", "make setup")
+    assert list(doctor.check_server(None)) == [Finding("error", "server", "no wheel", "make setup")]
 
 
 def test_stub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ def test_the_log_names_instance_provider_and_threads(shim: ModuleType, model_fol
     load(shim, model_folder)
 
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert Logger.lines == [f"lookup a_0: lookup.onnx on CPUExecutionProvider, {threads} threads"]
+    assert f"lookup a_0: lookup.onnx on CPUExecutionProvider, {threads} threads" in Logger.lines
 
 
 def test_parameters_are_read_as_the_native_backend_does(shim: ModuleType) -> None:

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from deploy.embedded import launcher
+from deploy.embedded import cleanup, launcher
 from export import spec
 
 TRITONSERVER = Path(sys.executable).with_name("tritonserver")
+SETTING = "--backend-config=python,shm-region-prefix-name="
+PREFIX = f"{SETTING}mst_gan_{cleanup.pid_namespace()}_{os.getpid()}_"
 Launch = Callable[..., tuple[list[str], dict[str, str]]]
 
 
@@ -27,12 +30,17 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
     for name in launcher.MALLOC:
         monkeypatch.delenv(name, raising=False)
 
+    monkeypatch.setattr(launcher, "start_cleanup", lambda prefix: None)
+
     def run(*arguments: str) -> tuple[list[str], dict[str, str]]:
         became: list[tuple[list[str], dict[str, str]]] = []
         monkeypatch.setattr(sys, "argv", ["tritonserver", *arguments])
         monkeypatch.setattr(os, "execve", lambda path, command, env: became.append((command, env)))
         launcher.main()
-        return became[0]
+        command, environment = became[0]
+        if PREFIX in command:
+            command.remove(PREFIX)
+        return command, environment
 
     return run
 
@@ -103,6 +111,41 @@ def test_servers_that_start_together_share_one_complete_folder(
     ]
 
 
+@pytest.mark.parametrize("given", [[f"{SETTING}mine_"], [*f"{SETTING}mine_".split("=", 1)]])
+def test_a_prefix_of_the_users_own_stays(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    prefixes: list[str] = []
+    monkeypatch.setattr(launcher, "start_cleanup", prefixes.append)
+
+    command, _ = launch(*given)
+
+    assert command[-len(given) :] == given
+    assert prefixes == ["mine_"]
+    assert sum("shm-region-prefix-name" in argument for argument in command) == 1
+
+
+def test_memory_of_dead_servers_is_freed_at_the_start(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cleanup, "SHARED_FOLDER", tmp_path)
+    with subprocess.Popen(["true"]) as ended:
+        region = tmp_path / f"{cleanup.region_prefix(ended.pid)}uuid"
+    region.touch()
+
+    launch("--help")
+
+    assert not region.exists()
+
+
+def little_shared_memory(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+
+
+def no_shared_memory(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    monkeypatch.setattr(cleanup, "SHARED_FOLDER", models / "none")
+
+
 def numpy_2(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "2.1.3")
 
@@ -157,6 +200,8 @@ def no_onnx(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         (static_python, "apt-get install libpython3"),
         (unwritable_cache, "expected a writable cache folder"),
         (cache_with_space, "without spaces or quotes in its path"),
+        (little_shared_memory, "expected at least 7 MB free in /dev/shm for 7 model instances, found 5 MB"),
+        (no_shared_memory, "found no such folder: mount -t tmpfs tmpfs"),
         (no_repository, "expected a model repository at"),
         (no_onnx, "generator/1/model.onnx is missing: run `make export`"),
     ],
