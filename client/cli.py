@@ -26,6 +26,7 @@ from .serving.security import Security
 from .serving.server import DEFAULT_URL
 from .serving.session import Session
 from .serving.transports import AUTO, TRANSPORTS
+from .stages import reason_of, stage
 from .video.decode import Range, Video
 from .video.encode import CODECS, DEFAULT_CODEC, encoding_from_options
 from .video.images import writes_images
@@ -44,11 +45,13 @@ def run_all(jobs: list[Job], session: Session, options: Options, progress: Progr
             continue
         try:
             progress.finished(dst, upscale(src, dst, session, options, progress))
-        except UpscaleError as err:
+        except Exception as err:  # whatever is wrong with one clip, or with us, the others are done
             if os.environ.get("VSR_DEBUG"):
                 raise
             progress.close()
-            progress.failed(src.path, str(err))
+            is_ours = not isinstance(err, UpscaleError)
+            reason = f"unexpected {reason_of(err)}; VSR_DEBUG=1 shows where" if is_ours else str(err)
+            progress.failed(src.path, reason)
             done = False
         finally:
             progress.close()
@@ -237,12 +240,15 @@ def main(
             else:
                 source, out = jobs[0]
                 if reference:
-                    check_reference(reference, source, session.contract, final_size)
+                    with stage(f"cannot read {reference}", "check that it plays"):
+                        check_reference(reference, source, session.contract, final_size)
                 result = run_one(source, out, session, options, progress)
                 if report_page:
-                    write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
+                    with stage(f"cannot write the report {report_page}"):
+                        write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
                 if compare:
-                    compare_clips(jobs[0][0], options.range, jobs[0][1], compare)
+                    with stage(f"cannot write the comparison {compare}"):
+                        compare_clips(source, options.range, out, compare)
     except UpscaleError as err:
         if as_json:
             progress.failed(Path(src), str(err))

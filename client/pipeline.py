@@ -6,13 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Protocol
 
-import av
 import numpy as np
 
 from .errors import UpscaleError
@@ -24,6 +24,7 @@ from .resume import ResumeState
 from .serving.contract import Contract
 from .serving.session import Session
 from .serving.transports import AUTO
+from .stages import stage
 from .upscaler import Layout, hr_from_windows
 from .video.decode import Frame, Picture, Range, Video
 from .video.encode import PNG, Encoding, write_segment, write_y4m
@@ -146,14 +147,17 @@ class Pipeline:
         lr_windows = ([frame.image for frame in window] for window in shots)
         hr_bytes = 3 * math.prod(shapes.layout.hr)
         depth = min(FRAMES_AHEAD, max(1, BYTES_AHEAD // hr_bytes))
-        self._answers = Prefetch(
-            self.pass_on.timed(hr_from_windows(lr_windows, session, shapes.layout)), depth
-        )
+        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
 
     def _lr_frames(self, wanted: Range) -> Iterator[Frame]:
-        for frame in self._video.frames(wanted):
-            self.pts.append(frame.pts)
-            yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
+        with reading(self._video.path):
+            for frame in self._video.frames(wanted):
+                self.pts.append(frame.pts)
+                yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
+
+    def _hr_frames(self, lr_windows: Iterator[list[Image]]) -> Iterator[Image]:
+        with stage("cannot send frames to the server", "see its log"):
+            yield from hr_from_windows(lr_windows, self._session, self._shapes.layout)
 
     def __iter__(self) -> Iterator[Image]:
         """Yield (H * scale, W * scale, 3) uint8 RGB frames in order."""
@@ -185,7 +189,9 @@ def upscale(
     Raises:
         UpscaleError: The clip could not be upscaled, all of it and exactly.
     """
-    with Video(source) as video:
+    with reading(source.path):
+        video = Video(source)
+    with video:
         if video.picture.color.is_hdr and not options.allow_hdr:
             raise UpscaleError(
                 f"expected a clip of standard dynamic range, found PQ or HLG in {source.path}: the model "
@@ -220,22 +226,25 @@ class Run:
         """Write a file or a folder of images, in segments that outlive a crash."""
         is_images = writes_images(dst, source)
         options = replace(self._options, encoding=PNG) if is_images else self._options
-        hr = self._shapes.hr
-        identity = identity_of(source, self._session.contract, options)
-        with ResumeState(dst, identity, self._session.weights(), options.restart) as part:
-            join = Images(part.joined, source) if is_images else Muxer(part.joined, source, hr)
+        with reading(source.path):
+            identity = identity_of(source, self._session.contract, options)
+        with (
+            stage(f"cannot write {dst}"),
+            ResumeState(dst, identity, self._session.weights(), options.restart) as part,
+        ):
+            join = Images(part.joined, source) if is_images else Muxer(part.joined, source, self._shapes.hr)
             if not part.segments():
-                rehearse(part.folder / "rehearsal.segment", join, hr, options.encoding)
+                rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
             finished = len(part.segments()) * options.segment_frames
             hr_frames = self._start(dst, finished)
             try:
-                for first in hr_frames:
-                    images = chain([first], islice(hr_frames, options.segment_frames - 1))
-                    write_segment(part.segment(len(part.segments())), images, hr, options.encoding)
+                self._write_segments(part, hr_frames, options.encoding)
                 self._check_all_came(finished)
                 times = Times(self._shapes.lr.time_base, self._feed.pts, self._video.last_duration)
-                join.write(part.segments(), times, is_whole=options.range == Range())
-            except (UpscaleError, av.FFmpegError, OSError) as err:
+                with stage("cannot write it"):
+                    join.write(part.segments(), times, is_whole=options.range == Range())
+                    part.finish()
+            except UpscaleError as err:
                 kept = min(len(part.segments()) * options.segment_frames, finished + self._new_frames)
                 raise self._stopped(
                     err,
@@ -244,17 +253,24 @@ class Run:
                 ) from err
             finally:
                 self._feed.close()
-            part.finish()
+
+    def _write_segments(self, part: ResumeState, hr_frames: Iterator[Image], encoding: Encoding) -> None:
+        """Encode all frames that come."""
+        for index, first in enumerate(hr_frames, len(part.segments())):
+            images = chain([first], islice(hr_frames, self._options.segment_frames - 1))
+            with encoding_stage():
+                write_segment(part.segment(index), images, self._shapes.hr, encoding)
 
     def stream(self, dst: Path) -> None:
         """Write y4m to standard output."""
         hr_frames = self._start(dst, 0)
         try:
-            write_y4m(hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
+            with encoding_stage():
+                write_y4m(hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
             self._check_all_came(0)
             if len({after - before for before, after in pairwise(self._feed.pts)}) > 1:
                 log.warning("the frames of %s are not evenly spaced, which y4m cannot say", self._video.path)
-        except (UpscaleError, av.FFmpegError, OSError) as err:
+        except UpscaleError as err:
             raise self._stopped(err, 0, "what came before is written") from err
         finally:
             self._feed.close()
@@ -282,15 +298,12 @@ class Run:
         if self._new_frames != expected:
             raise UpscaleError(f"expected {expected} frames back, found {self._new_frames}")
 
-    def _stopped(self, err: Exception, finished: int, state: str) -> UpscaleError:
+    def _stopped(self, err: UpscaleError, finished: int, state: str) -> UpscaleError:
         """Say how far it came."""
         after = finished + self._new_frames
-        reason = str(err)
-        if not isinstance(err, UpscaleError):
-            reason = f"cannot write it ({getattr(err, 'strerror', None) or err})"
         if not after:
-            return UpscaleError(reason)
-        return UpscaleError(f"stopped after frame {after} of {self._video.path}: {reason}; {state}")
+            return err
+        return UpscaleError(f"stopped after frame {after} of {self._video.path}: {err}; {state}")
 
     def result(self) -> Result:
         """What was done."""
@@ -310,6 +323,21 @@ class Run:
                 "encode": self._encode_s,
             },
         )
+
+
+def reading(path: Path) -> AbstractContextManager[None]:
+    """The stage that reads a clip."""
+    return stage(f"cannot read {path}", "check that it plays")
+
+
+@contextmanager
+def encoding_stage(what_fails: str = "cannot encode it") -> Iterator[None]:
+    """The stage that encodes frames and writes them: what the system refuses is not the encoder's fault."""
+    with (
+        stage(what_fails, "change --codec, --preset, --crf, --pix-fmt or --final-size"),
+        stage("cannot write it", kinds=(OSError,)),
+    ):
+        yield
 
 
 def identity_of(source: Source, contract: Contract, options: Options) -> dict[str, object]:
@@ -338,11 +366,8 @@ def _say_how(session: Session, grid: Grid, options: Options) -> None:
 def rehearse(segment: Path, join: Muxer | Images, picture: Picture, encoding: Encoding) -> None:
     """Encode and join one black frame, so that what cannot be written is known before the work."""
     height, width = picture.size
-    try:
+    settings = " ".join(f"{name}={value}" for name, value in encoding.options)
+    with encoding_stage(f"{encoding.codec.encoder} refused {width}x{height} {encoding.pix_fmt} {settings}"):
         write_segment(segment, [np.zeros((height, width, 3), np.uint8)], picture, encoding)
-    except av.FFmpegError as err:
-        settings = " ".join(f"{name}={value}" for name, value in encoding.options)
-        what = f"{encoding.codec.encoder} refused {width}x{height} {encoding.pix_fmt} {settings}"
-        raise UpscaleError(f"{what} ({err.strerror}): change --codec, --preset, --crf or --pix-fmt") from err
     join.rehearse(segment)
     segment.unlink()

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .durable import flush, rename
 from .errors import UpscaleError
 from .serving.identity import Identity, manifest_entries, unknown_weights
 
 WEIGHTS = "weights"  # key of the manifest
+MADE_BY = {"made by": "mst-gan-upscale"}  # first entry of the manifest, which tells our folders from others
+DAMAGED_START = '{\n  "made by"'
+
+LOCK, MANIFEST, DRAFT = "lock", "manifest.json", "manifest.draft"
+LOCKED = (errno.EWOULDBLOCK, errno.EACCES)  # what flock answers where another process has the lock
+
+log = logging.getLogger(__name__)
 
 
 class ResumeState:
@@ -22,12 +32,17 @@ class ResumeState:
 
     A segment is finished when its file has its final name; ``manifest.json`` says for which input,
     model and settings, and is never changed. So no crash can leave the two contradicting each other.
+    A folder without such a manifest belongs to somebody else and is refused; in ours, only files with
+    the names that we give are ever deleted.
 
     Args:
         out: The output file the run is to give.
         identity: All that decides what the frames look like, JSON-able.
         weights: Of every server, by its address.
         restart: Throw away what another run left, whatever it was.
+
+    Raises:
+        UpscaleError: The folder is not ours, held by another run, or belongs to a run of another identity.
     """
 
     def __init__(
@@ -35,26 +50,17 @@ class ResumeState:
     ) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".part")
-        try:
-            self.folder.mkdir(exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-        except OSError as err:
-            if not out.parent.is_dir():
-                raise UpscaleError(f"cannot write {out}: expected a folder {out.parent}; create it") from err
-            raise UpscaleError(f"cannot write {out} ({err.strerror}): name an output you may write") from err
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            self._lock.close()
-            raise UpscaleError(f"another run is writing {out}: wait for it, or stop it") from err
+        self._ours = re.compile(
+            rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|(\d{{6,}}|rehearsal)\.(segment|unfinished)"
+            rf"|{re.escape(self.joined.name)}"
+        )
+        self._lock = self._hold()
         try:
             if restart:
-                for path in self.folder.iterdir():
-                    if path.name != "lock":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._remove_ours(keep=LOCK)
             self._claim(identity, weights)
         except BaseException:
-            self._lock.close()
+            os.close(self._lock)
             raise
 
     def __enter__(self) -> ResumeState:
@@ -64,25 +70,110 @@ class ResumeState:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes have it; what was written stays."""
-        if self.folder.exists() and not any(self.folder.glob("0*")):
-            shutil.rmtree(self.folder)
-        self._lock.close()
+        """Let other processes have it; finished segments stay."""
+        if self.folder.exists() and not self.segments():
+            self._clear_up()
+        os.close(self._lock)
+
+    def _hold(self) -> int:
+        """Make or take over the folder, and lock it; returns the lock's file descriptor."""
+        while True:
+            try:
+                self.folder.mkdir()
+                flush(self.folder.parent)
+            except FileExistsError:
+                self._check_ours()
+            except OSError as err:
+                if not self.out.parent.is_dir():
+                    raise UpscaleError(
+                        f"cannot write {self.out}: expected a folder {self.out.parent}; create it"
+                    ) from err
+                raise self._cannot_write(err) from err
+            try:
+                lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as err:
+                raise self._cannot_write(err) from err
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as err:
+                if err.errno in LOCKED:
+                    os.close(lock)
+                    raise UpscaleError(f"another run is writing {self.out}: wait for it, or stop it") from err
+                log.warning(
+                    "%s is on a file system that has no file locks (%s): see that no other run writes %s",
+                    *(self.folder, err.strerror, self.out.name),
+                )
+            try:
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
+                    return lock
+            except FileNotFoundError:
+                pass
+            os.close(lock)  # another run ended meanwhile, and took its folder along
+
+    def _cannot_write(self, err: OSError) -> UpscaleError:
+        return UpscaleError(f"cannot write {self.out} ({err.strerror}): name an output you may write")
+
+    def _check_ours(self) -> None:
+        """Refuse a folder that none of our runs has made.
+
+        Ours has our manifest; or, of a run that ended before it had one, an empty lock at most.
+        """
+        if not self.folder.is_dir():
+            raise UpscaleError(
+                f"expected a folder or nothing at {self.folder}, found a file: move it away, or name "
+                "another output"
+            )
+        names = {path.name for path in self.folder.iterdir()}
+        if MANIFEST in names:
+            try:
+                manifest = self._manifest()
+            except UpscaleError:  # ours and damaged, which is for the one that reads it to say
+                return
+            is_ours = isinstance(manifest, dict) and MADE_BY.items() <= manifest.items()
+        else:
+            is_ours = names <= {LOCK, DRAFT} and (LOCK not in names or not self._size_of(LOCK))
+        if not is_ours:
+            what = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+            raise UpscaleError(
+                f"expected the folder of an unfinished run at {self.folder}, found one that this program "
+                f"did not make ({what}): move it away, or name another output"
+            )
+
+    def _size_of(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def _manifest(self) -> object:
+        """What the manifest says; None: it is none of ours.
+
+        Raises:
+            FileNotFoundError: There is none.
+            UpscaleError: It is ours, but damaged.
+        """
+        manifest = self.folder / MANIFEST
+        try:
+            text = manifest.read_text(encoding="utf-8")
+        except UnicodeError:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError as err:
+            if text.startswith(DAMAGED_START):
+                raise UpscaleError(f"{manifest} is damaged: start over with --restart") from err
+            return None
 
     def _claim(self, identity: dict[str, Any], weights: Mapping[str, Identity]) -> None:
-        manifest = self.folder / "manifest.json"
+        """Write the manifest, or see that the one there is says the same."""
         try:
-            left: dict[str, Any] = json.loads(manifest.read_text())
+            left = self._manifest()
         except FileNotFoundError:
-            draft = manifest.with_suffix(".draft")
-            ours = identity | {WEIGHTS: manifest_entries(weights)}
-            draft.write_text(json.dumps(ours, indent=2) + "\n")
-            os.replace(draft, manifest)
+            ours = MADE_BY | identity | {WEIGHTS: manifest_entries(weights)}
+            draft = self.folder / DRAFT
+            draft.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+            rename(draft, self.folder / MANIFEST)
             return
-        except ValueError as err:
-            raise UpscaleError(f"{manifest} is damaged: start over with --restart") from err
+        assert isinstance(left, dict)
         recorded = left.pop(WEIGHTS, [])
-        for key in sorted({*identity, *left}):
+        for key in sorted({*identity, *left} - {*MADE_BY}):
             if left.get(key) != identity.get(key):
                 raise UpscaleError(
                     f"{self.folder} holds an unfinished run with another {key}: expected "
@@ -113,11 +204,42 @@ class ResumeState:
         return self.folder / f"joined{self.out.suffix}"
 
     def finish(self) -> None:
-        """Give the joined file its final name, or the files in a joined folder, and clear up."""
-        if self.joined.is_dir():
-            self.out.mkdir(exist_ok=True)
+        """Give the joined file its final name, or the files in a joined folder; then clear up.
+
+        Raises:
+            OSError: The output could not be written; all segments are still there.
+        """
+        if self.joined.is_dir() and self.out.is_dir():
+            for path in self.joined.iterdir():
+                flush(path)
             for path in self.joined.iterdir():
                 os.replace(path, self.out / path.name)
+            flush(self.out)
         else:
-            os.replace(self.joined, self.out)
-        shutil.rmtree(self.folder)
+            rename(self.joined, self.out)
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Delete what is ours, and the folder if nothing else is in it."""
+        self._remove_ours()
+        foreign = sorted(path.name for path in self.folder.iterdir())
+        if foreign:
+            log.warning("left %s in %s, which this program did not make", ", ".join(foreign), self.folder)
+        elif not self.folder.is_symlink():
+            self.folder.rmdir()
+
+    def _remove_ours(self, keep: str = "") -> None:
+        """Delete our files, segments from the last to the first: what a crash leaves has no gap."""
+        for path in sorted(self.folder.iterdir(), reverse=True):
+            if not self._ours.fullmatch(path.name) or path.name in (keep, MANIFEST, LOCK):
+                continue
+            if path == self.joined and path.is_dir() and not path.is_symlink():
+                for image in path.glob("*.png"):
+                    image.unlink()
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif not path.is_dir():
+                path.unlink()
+        for name in (MANIFEST, LOCK):  # last: without them, what is left would count as somebody else's
+            if name != keep:
+                (self.folder / name).unlink(missing_ok=True)

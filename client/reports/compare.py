@@ -11,6 +11,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
+from ..durable import atomic_write
 from ..errors import UpscaleError
 from ..frames.windows import Image, Size
 from ..video.decode import Picture, Range, Video
@@ -36,7 +37,8 @@ def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None
             all frames, left half bicubic, right half ours.
 
     Raises:
-        UpscaleError: The two clips do not belong together, or the target cannot be written.
+        OSError, av.FFmpegError: A clip cannot be read, or the target cannot be written.
+        ValueError: The two clips do not have the same number of frames.
     """
     with Video(source) as lr, Video(Source(upscaled)) as hr:
         total = hr.frames_expected(Range())
@@ -48,13 +50,11 @@ def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None
             (upright(resized(before.image, hr.picture.size), hr.picture), upright(after.image, hr.picture))
             for before, after in zip(lr.frames(wanted), hr.frames(Range()), strict=True)
         )
-        try:
+        with atomic_write(target) as draft:
             if target.suffix.lower() == PNG_SUFFIX:
-                _write_samples(target, pairs, total, picture)
+                _write_samples(draft, pairs, total, picture)
             else:
-                _write_split(target, pairs, picture)
-        except (av.FFmpegError, OSError) as err:
-            raise UpscaleError(f"cannot write the comparison {target} ({err.strerror})") from err
+                _write_split(draft, pairs, picture)
 
 
 def check_target(target: Path) -> None:

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
+from ..durable import atomic_write
 from ..errors import UpscaleError
 from ..frames.windows import Image, Size
 from ..pipeline import Options, Result, shapes_of
@@ -120,7 +121,8 @@ def write_page(
         reference: The truth, a clip as large and as long as the upscaled one, for PSNR and SSIM.
 
     Raises:
-        UpscaleError: The reference is shorter than the clip, or the page cannot be written.
+        UpscaleError: The reference is shorter than the clip.
+        OSError, av.FFmpegError: A clip cannot be read, or the page cannot be written.
     """
     samples, scores = _look(source, options.range, upscaled, reference, sample_numbers(result.frames))
     (lr_height, lr_width), (hr_height, hr_width) = result.lr_size, result.hr_size
@@ -147,10 +149,8 @@ def write_page(
         stages=stages,
         settings=_rows({"Model": server, **_settings(options)}),
     )
-    try:
-        target.write_text(page, encoding="utf-8")
-    except OSError as err:
-        raise UpscaleError(f"cannot write the report {target} ({err.strerror})") from err
+    with atomic_write(target) as draft:
+        draft.write_text(page, encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
 
 
 def _look(
@@ -217,7 +217,7 @@ def _settings(options: Options) -> dict[str, str]:
     limits += [f"at most {part.frames} frames"] if part.frames else []
     return {
         "Encoder": ", ".join([encoding.codec.encoder, encoding.pix_fmt, *map(" ".join, encoding.options)]),
-        "ResumeState of the clip": ", ".join(limits) or "all",
+        "Part of the clip": ", ".join(limits) or "all",
         "Scene threshold": f"{options.scene_threshold:g} gray levels",
     }
 

@@ -14,6 +14,7 @@ from av.packet import Packet
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
+from ..durable import rename
 from ..errors import UpscaleError
 from ..frames.windows import Image
 from .color import RGB, frame_from_rgb
@@ -165,9 +166,7 @@ def write_segment(path: Path, hr_frames: Iterable[Image], picture: Picture, enco
     unfinished = path.with_suffix(".unfinished")
     with av.open(unfinished, "w", format=encoding.codec.segment_format) as container:
         count = encode(container, hr_frames, picture, encoding)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())  # the name must not outlive the bytes, not even through a power cut
-    unfinished.replace(path)
+    rename(unfinished, path)
     return count
 
 

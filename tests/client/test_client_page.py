@@ -51,12 +51,12 @@ def test_a_page_that_needs_nothing_else(clip, triton):
     for fact in ("48 x 32 to 192 x 128", "frames per second", "<th>Scene cuts<td>none", "<th>encode<td "):
         assert fact in page
     assert f"<th>Model<td>mst_gan at {triton.url}" in page and "<th>Encoder<td>ffv1, bgr0, level 3" in page
-    assert "<th>ResumeState of the clip<td>all" in page and "PSNR" not in page
+    assert "<th>Part of the clip<td>all" in page and "PSNR" not in page
 
 
 def test_the_part_is_told(clip, triton):
     page = page_of(clip, triton, "--start", "0.08", "--duration", "0.2", "--max-frames", 4)
-    assert "<th>ResumeState of the clip<td>from 0.08 s, for 0.2 s, at most 4 frames" in page
+    assert "<th>Part of the clip<td>from 0.08 s, for 0.2 s, at most 4 frames" in page
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_work(clip, triton, tmp_path):
