@@ -20,6 +20,7 @@ from .frames.scenes import CutDetector
 from .frames.tiles import Grid
 from .frames.windows import Image, Size, pad, windows
 from .prefetch import Prefetch, Stage
+from .record import InputGuard, Record
 from .resume import ResumeState
 from .serving.contract import Contract
 from .serving.session import Session
@@ -132,27 +133,34 @@ class Pipeline:
         session: Where windows are sent.
         shapes: Sizes of the run.
         options: How it is done.
-        skip: Frames at the beginning that an earlier run has finished.
+        known: Frames at the beginning that an earlier run has finished.
     """
 
-    def __init__(self, video: Video, session: Session, shapes: Shapes, options: Options, skip: int) -> None:
-        self.pts: list[int] = []
-        """Times of the frames decoded so far, in ticks of the clip."""
+    def __init__(
+        self, video: Video, session: Session, shapes: Shapes, options: Options, known: Record
+    ) -> None:
+        again = max(0, len(known.pts) - session.contract.window // 2)  # the first that a new window needs
+        self.record = known.part(0, again)
+        """The frames decoded so far."""
+        self.record.cuts = [cut for cut in known.cuts if cut <= known.pts[again]]  # later ones are found anew
         self.decode, self.starve, self.pass_on, self.wait = Stage(), Stage(), Stage(), Stage()
-        self.cuts = CutDetector(options.scene_threshold)
         self._video, self._session, self._shapes = video, session, shapes
-        self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range)), FRAMES_AHEAD)
+        self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range, known)), FRAMES_AHEAD)
         frames = self.starve.timed(self._frames)
-        shots = islice(windows(frames, session.contract.window, self.cuts), skip, None)
+        is_cut = CutDetector(options.scene_threshold, self.record.cuts)
+        shots = islice(windows(frames, session.contract.window, is_cut), len(known.pts) - again, None)
         lr_windows = ([frame.image for frame in window] for window in shots)
         hr_bytes = 3 * math.prod(shapes.layout.hr)
         depth = min(FRAMES_AHEAD, max(1, BYTES_AHEAD // hr_bytes))
         self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
 
-    def _lr_frames(self, wanted: Range) -> Iterator[Frame]:
+    def _lr_frames(self, wanted: Range, known: Record) -> Iterator[Frame]:
+        record = self.record
         with reading(self._video.path):
-            for frame in self._video.frames(wanted):
-                self.pts.append(frame.pts)
+            for frame in islice(self._video.frames(wanted), len(record.pts), None):
+                if len(record.pts) < len(known.pts):
+                    known.check(len(record.pts), frame.pts, frame.image, self._video.path)
+                record.add(frame.pts, frame.image, self._video.damaged)
                 yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
 
     def _hr_frames(self, lr_windows: Iterator[list[Image]]) -> Iterator[Image]:
@@ -190,6 +198,7 @@ def upscale(
         UpscaleError: The clip could not be upscaled, all of it and exactly.
     """
     with reading(source.path):
+        guard = InputGuard(source)
         video = Video(source)
     with video:
         if video.picture.color.is_hdr and not options.allow_hdr:
@@ -201,7 +210,7 @@ def upscale(
         if dst == PIPE:
             run.stream(dst)
         else:
-            run.make(source, dst)
+            run.make(source, dst, guard)
     return run.result()
 
 
@@ -222,12 +231,11 @@ class Run:
         self._new_frames = 0
         self._encode_s = 0.0
 
-    def make(self, source: Source, dst: Path) -> None:
+    def make(self, source: Source, dst: Path, guard: InputGuard) -> None:
         """Write a file or a folder of images, in segments that outlive a crash."""
         is_images = writes_images(dst, source)
         options = replace(self._options, encoding=PNG) if is_images else self._options
-        with reading(source.path):
-            identity = identity_of(source, self._session.contract, options)
+        identity = identity_of(guard.identity, self._session.contract, options)
         with (
             stage(f"cannot write {dst}"),
             ResumeState(dst, identity, self._session.weights(), options.restart) as part,
@@ -235,52 +243,59 @@ class Run:
             join = Images(part.joined, source) if is_images else Muxer(part.joined, source, self._shapes.hr)
             if not part.segments():
                 rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
-            finished = len(part.segments()) * options.segment_frames
-            hr_frames = self._start(dst, finished)
+            known = part.record()
+            hr_frames = self._start(dst, known)
             try:
-                self._write_segments(part, hr_frames, options.encoding)
-                self._check_all_came(finished)
-                times = Times(self._shapes.lr.time_base, self._feed.pts, self._video.last_duration)
+                self._write_segments(part, hr_frames, options.encoding, guard)
+                self._check_all_came()
+                times = Times(self._shapes.lr.time_base, self._feed.record.pts, self._video.last_duration)
                 with stage("cannot write it"):
+                    guard.check(closely=True)
                     join.write(part.segments(), times, is_whole=options.range == Range())
+                    guard.check()
                     part.finish()
             except UpscaleError as err:
-                kept = min(len(part.segments()) * options.segment_frames, finished + self._new_frames)
-                raise self._stopped(
-                    err,
-                    finished,
-                    f"{kept} frames are kept in {part.folder}, the same command goes on from there",
-                ) from err
+                kept = len(part.record().pts)
+                state = f"{kept} frames are kept in {part.folder}, the same command goes on from there"
+                raise self._stopped(err, state) from err
             finally:
                 self._feed.close()
 
-    def _write_segments(self, part: ResumeState, hr_frames: Iterator[Image], encoding: Encoding) -> None:
+    def _write_segments(
+        self, part: ResumeState, hr_frames: Iterator[Image], encoding: Encoding, guard: InputGuard
+    ) -> None:
         """Encode all frames that come."""
+        end = self._finished
         for index, first in enumerate(hr_frames, len(part.segments())):
+            path = part.segment(index)
             images = chain([first], islice(hr_frames, self._options.segment_frames - 1))
             with encoding_stage():
-                write_segment(part.segment(index), images, self._shapes.hr, encoding)
+                count = write_segment(path, images, self._shapes.hr, encoding)
+                guard.check()
+                part.keep(path, self._feed.record.part(end, end + count))
+            end += count
 
     def stream(self, dst: Path) -> None:
         """Write y4m to standard output."""
-        hr_frames = self._start(dst, 0)
+        hr_frames = self._start(dst, Record())
         try:
             with encoding_stage():
                 write_y4m(hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
-            self._check_all_came(0)
-            if len({after - before for before, after in pairwise(self._feed.pts)}) > 1:
+            self._check_all_came()
+            if len({after - before for before, after in pairwise(self._feed.record.pts)}) > 1:
                 log.warning("the frames of %s are not evenly spaced, which y4m cannot say", self._video.path)
         except UpscaleError as err:
-            raise self._stopped(err, 0, "what came before is written") from err
+            raise self._stopped(err, "what came before is written") from err
         finally:
             self._feed.close()
 
-    def _start(self, dst: Path, finished: int) -> Iterator[Image]:
+    def _start(self, dst: Path, known: Record) -> Iterator[Image]:
         """Set the stages going; yields hr frames from the first that is not finished."""
         self._started_s = time.monotonic()
+        self._finished = len(known.pts)
         _say_how(self._session, self._shapes.layout.grid, self._options)
-        self._watcher.started(dst, self._video.frames_expected(self._options.range), finished)
-        self._feed = Pipeline(self._video, self._session, self._shapes, self._options, finished)
+        self._watcher.started(dst, self._video.frames_expected(self._options.range), self._finished)
+        self._feed = Pipeline(self._video, self._session, self._shapes, self._options, known)
         return self._counted(self._feed)
 
     def _counted(self, feed: Pipeline) -> Iterator[Image]:
@@ -289,18 +304,18 @@ class Run:
             self._new_frames += 1
             self._watcher.advanced()
 
-    def _check_all_came(self, finished: int) -> None:
+    def _check_all_came(self) -> None:
         self._encode_s = time.monotonic() - self._started_s - self._feed.wait.busy_s
         missing = self._video.what_is_missing()
         if missing and not self._options.allow_damage:
             raise UpscaleError(f"the file {missing}: get it whole, or pass --allow-damage")
-        expected = max(0, len(self._feed.pts) - finished)
+        expected = max(0, len(self._feed.record.pts) - self._finished)
         if self._new_frames != expected:
             raise UpscaleError(f"expected {expected} frames back, found {self._new_frames}")
 
-    def _stopped(self, err: UpscaleError, finished: int, state: str) -> UpscaleError:
+    def _stopped(self, err: UpscaleError, state: str) -> UpscaleError:
         """Say how far it came."""
-        after = finished + self._new_frames
+        after = self._finished + self._new_frames
         if not after:
             return err
         return UpscaleError(f"stopped after frame {after} of {self._video.path}: {err}; {state}")
@@ -308,10 +323,11 @@ class Run:
     def result(self) -> Result:
         """What was done."""
         feed, shapes = self._feed, self._shapes
+        pts = feed.record.pts
         return Result(
-            frames=len(feed.pts),
+            frames=len(pts),
             new_frames=self._new_frames,
-            cuts_s=[float((pts - feed.pts[0]) * shapes.lr.time_base) for pts in feed.cuts.cuts],
+            cuts_s=[float((cut - pts[0]) * shapes.lr.time_base) for cut in feed.record.cuts],
             damaged_frames=self._video.damaged,
             lr_size=shapes.lr.size,
             hr_size=shapes.hr.size,
@@ -340,11 +356,11 @@ def encoding_stage(what_fails: str = "cannot encode it") -> Iterator[None]:
         yield
 
 
-def identity_of(source: Source, contract: Contract, options: Options) -> dict[str, object]:
+def identity_of(input_identity: str, contract: Contract, options: Options) -> dict[str, object]:
     """All that decides what the frames of a run look like; JSON-able."""
     encoding = options.encoding
     return {
-        "input": source.hash(),
+        "input": input_identity,
         "model": contract.model,
         "model parameters": dict(contract.parameters),
         "encoding": [encoding.codec.encoder, encoding.pix_fmt, *map(list, encoding.options)],

@@ -15,6 +15,7 @@ from typing import Any
 
 from .durable import flush, rename
 from .errors import UpscaleError
+from .record import Record
 from .serving.identity import Identity, manifest_entries, unknown_weights
 
 WEIGHTS = "weights"  # key of the manifest
@@ -30,10 +31,10 @@ log = logging.getLogger(__name__)
 class ResumeState:
     """The unfinished state of one output, ``OUT.part/``, held by one process at a time.
 
-    A segment is finished when its file has its final name; ``manifest.json`` says for which input,
-    model and settings, and is never changed. So no crash can leave the two contradicting each other.
-    A folder without such a manifest belongs to somebody else and is refused; in ours, only files with
-    the names that we give are ever deleted.
+    A segment is finished when its file and its record have their final names; ``manifest.json`` says for
+    which input, model and settings, and is never changed. So no crash can leave them contradicting each
+    other. A folder without such a manifest belongs to somebody else and is refused; in ours, only files
+    with the names that we give are ever deleted.
 
     Args:
         out: The output file the run is to give.
@@ -51,7 +52,7 @@ class ResumeState:
         self.out = out
         self.folder = out.with_name(out.name + ".part")
         self._ours = re.compile(
-            rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|(\d{{6,}}|rehearsal)\.(segment|unfinished)"
+            rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|(\d{{6,}}|rehearsal)\.(segment|unfinished|record|draft)"
             rf"|{re.escape(self.joined.name)}"
         )
         self._lock = self._hold()
@@ -190,9 +191,23 @@ class ResumeState:
     def segments(self) -> list[Path]:
         """Finished segments without a gap, in order."""
         found: list[Path] = []
-        while (path := self.segment(len(found))).exists():
+        while (path := self.segment(len(found))).exists() and self._record(path).exists():
             found.append(path)
         return found
+
+    def record(self) -> Record:
+        """What is known of the frames in finished segments."""
+        return Record.from_json(self._record(path).read_text() for path in self.segments())
+
+    def keep(self, segment: Path, record: Record) -> None:
+        """Count a written segment as finished, with what is known of its frames."""
+        draft = segment.with_suffix(".draft")
+        draft.write_text(record.to_json())
+        rename(draft, self._record(segment))
+
+    @staticmethod
+    def _record(segment: Path) -> Path:
+        return segment.with_suffix(".record")
 
     def segment(self, index: int) -> Path:
         """Where a segment lies once it is finished."""

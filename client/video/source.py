@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
-import secrets
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +15,6 @@ from av.container import InputContainer
 from ..errors import UpscaleError
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-HASH_CHUNK_BYTES = 1 << 20
 PIPE = Path("-")
 Y4M_FORMAT = "yuv4mpegpipe"
 DEFAULT_RATE = Fraction(25)
@@ -82,16 +79,3 @@ class Source:
             raise UpscaleError(
                 f"expected a video, found {self.path} ({err.strerror}): check that it plays"
             ) from err
-
-    def hash(self) -> str:
-        """Hash its bytes, and the names of images; nobody knows what a pipe will bring."""
-        if self.is_pipe:
-            return secrets.token_hex(16)
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self.files():
-            if path != self.path:
-                digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(HASH_CHUNK_BYTES):
-                    digest.update(chunk)
-        return digest.hexdigest()

@@ -26,7 +26,7 @@ ERRORS = [
 STAGES = {
     "mst_gan_client.video.source.Source.open": "cannot read",
     "mst_gan_client.video.decode.rgb_from_frame": "cannot read",
-    "mst_gan_client.pipeline.identity_of": "cannot read",
+    "mst_gan_client.record.input_identity": "cannot read",
     "mst_gan_client.frames.tiles.Grid.merge": "cannot send frames",
     "mst_gan_client.serving.session.Session.hr_frames": "cannot send frames",
     "mst_gan_client.video.encode.frame_from_rgb": "cannot encode",
