@@ -95,8 +95,8 @@ ladder: setup  ## Every rung from PyTorch FP32 to the fastest served, measured h
 report: setup  ## Draw perf/REPORT.md, perf/report.html and README's ladder from perf/results/  [BASE=folder]
 	$(BIN)/python -m perf.report --readme README.md $(if $(BASE),--base $(BASE))
 
-evaluate: setup  ## Score CHECKPOINT="a b ..." beside bicubic  CLIPS=folder VALIDATION=list  [EVALUATE_ARGS=...]
-	$(BIN)/python -m export evaluate $(foreach file,$(CHECKPOINT),--checkpoint $(file)) --clips $(CLIPS) --validation $(VALIDATION) $(EVALUATE_ARGS)
+evaluate: setup  ## Score CHECKPOINT="a b ..." on every frame of CLIPS=folder  [NAMES=list] [EVALUATE_ARGS=...]
+	$(BIN)/python -m export evaluate $(foreach file,$(CHECKPOINT),--checkpoint $(file)) --clips $(CLIPS) $(if $(NAMES),--names $(NAMES)) $(EVALUATE_ARGS)
 
 clean:  ## Remove what was built, but not .venv
 	rm -rf build model_repository/*/1/model*

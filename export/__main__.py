@@ -12,7 +12,8 @@ import click
 from export.errors import ExportError
 from export.folders import BUILD, ROOT
 from export.training.average import average
-from export.training.commands import evaluate, prune, train, train_all
+from export.training.commands import prune, train, train_all
+from export.training.evaluate_command import evaluate
 
 
 class Commands(click.Group):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner, Result
-from torch import nn
 
 from export import spec
 from export.__main__ import main
@@ -39,15 +38,6 @@ def frames_of(windows: int) -> torch.Tensor:
     """(windows, 3, 3, 32, 32), 0..1: noise, as training shows frames to a network."""
     noise = torch.Generator().manual_seed(0)
     return bi(torch.rand(windows, spec.WINDOW, 3, 128, 128, generator=noise))
-
-
-def export_single_image(network: nn.Module, path: Path) -> Path:
-    """A network from (N, 3, h, w) to (N, 3, 4h, 4w), saved as single-image teachers are."""
-    n, h, w = (torch.export.Dim(name, min=2, max=512) for name in "nhw")
-    shapes = ({0: n, 2: h, 3: w},)
-    exported = torch.export.export(network, (torch.rand(3, 3, 20, 24),), dynamic_shapes=shapes)
-    torch.export.save(exported, path)
-    return path
 
 
 def shake(network: MstGan) -> MstGan:

@@ -1,4 +1,4 @@
-"""Footage: videos, sequences of images and photos, decoded once into uint8 segments on disk."""
+"""Video clips, image sequences and photos, decoded once into uint8 segments on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ SEGMENT = 7  # consecutive frames kept together: the papers train on fragments o
 SEGMENTS_PER_CLIP = 16  # evenly spread over the clip
 MAX_FRAMES = 1200  # of one clip
 TRUTH_SIDE = 540  # shorter side of truth made from large frames
-# Without the latter two, swscale gives neighbouring RGB pixels one chroma value.
+# Without the latter two, swscale gives neighboring RGB pixels one chroma value.
 SCALER = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 CUT_LEVELS = 30.0  # mean absolute difference of consecutive frames, in grey levels, that counts as a cut
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
@@ -42,7 +43,7 @@ class Clip:
     name: str
     segments: Segments
     weight: float = 1.0
-    """How often it is drawn, over another of its kind."""
+    """How often it is sampled, over another of its kind."""
 
 
 def truth_factor(short_side: int) -> int:
@@ -51,6 +52,18 @@ def truth_factor(short_side: int) -> int:
     At least 2: chroma is stored at half size, and halving buries most coding artefacts.
     """
     return max(2, round(short_side / TRUTH_SIDE))
+
+
+@contextmanager
+def cache_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` once it is complete; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _decoded(path: Path) -> Iterator[av.VideoFrame]:
@@ -68,8 +81,19 @@ def images_of(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: [(int(n), s) if n else (-1, s) for n, s in NUMBERS.findall(p.stem)])
 
 
-def _frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
-    """RGB frames of a file, or of a folder that holds an image per frame."""
+def decode_frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
+    """Decode a file, or a folder that holds an image per frame.
+
+    Args:
+        path: the file or the folder.
+        lossless: whether frames count as truth as they are; others are reduced, see ``truth_factor``.
+
+    Yields:
+        (H, W, 3) RGB; ``MAX_FRAMES`` at most.
+
+    Raises:
+        ExportError: it cannot be decoded, or is HDR.
+    """
     files = images_of(path)[:MAX_FRAMES] if path.is_dir() else [path]
     count = 0
     for file in files:
@@ -91,13 +115,14 @@ def _frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
 
 def _segments(frames: Sequence[NDArray[np.uint8]], length: int) -> Segments:
     """Cut evenly spread segments of ``length`` frames, none across a scene cut."""
-    cuts = [i for i in range(1, len(frames)) if _is_cut(frames[i - 1], frames[i])]
+    cuts = [i for i in range(1, len(frames)) if is_cut(frames[i - 1], frames[i])]
     starts = np.linspace(0, len(frames) - length, SEGMENTS_PER_CLIP).round().astype(int)
     good = [s for s in dict.fromkeys(starts.tolist()) if not any(s < cut < s + length for cut in cuts)]
     return np.stack([np.stack(frames[s : s + length]) for s in good]) if good else np.empty((0,), np.uint8)
 
 
-def _is_cut(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> bool:
+def is_cut(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> bool:
+    """Whether a scene ends between two consecutive (H, W, 3) frames."""
     # Every fourth pixel tells a cut as well as all of them do.
     difference = np.abs(before[::4, ::4].astype(np.int16) - after[::4, ::4])
     return float(difference.mean()) > CUT_LEVELS
@@ -123,7 +148,7 @@ def load_clip(path: Path, cache: Path, *, min_side: int, photo: bool = False) ->
     stored = cache / f"{path.stem}-{hashlib.sha256(repr(rule).encode()).hexdigest()[:12]}.npy"
     if not stored.exists():
         try:
-            frames = list(_frames(path, lossless=photo or path.is_dir()))
+            frames = list(decode_frames(path, lossless=photo or path.is_dir()))
         except ExportError as err:
             raise ExportError(f"{path.name}: {err}") from err
         length = 1 if photo else SEGMENT
@@ -131,11 +156,8 @@ def load_clip(path: Path, cache: Path, *, min_side: int, photo: bool = False) ->
             raise ExportError(f"{path.name}: expected at least {length} frames, found {len(frames)}")
         if len({frame.shape for frame in frames}) > 1:
             raise ExportError(f"{path.name}: expected one frame size, found several")
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{os.getpid()}.part")
-        with partial.open("wb") as file:
+        with cache_file(stored) as partial, partial.open("wb") as file:
             np.save(file, _segments(frames, length))
-        partial.replace(stored)
     segments: Segments = np.load(stored, mmap_mode="r")
     if segments.shape[0] == 0:
         raise ExportError(f"{path.name}: expected {SEGMENT} frames without a cut, found none")
@@ -148,20 +170,20 @@ def load_clip(path: Path, cache: Path, *, min_side: int, photo: bool = False) ->
 def load_folder(
     folder: Path, cache: Path, *, min_side: int, photo: bool = False, names: Sequence[str] | None = None
 ) -> list[Clip]:
-    """Load every clip (or photo) of a folder; what cannot serve is named, skipped and counted.
+    """Load every clip (or photo) of a folder; what cannot be used is named, skipped and counted.
 
     Args:
         folder: holds videos, and folders with an image per frame; or photos.
         cache: where decoded segments live; may be deleted at any time between runs.
         min_side: shorter side, in hr pixels, that a clip must have.
-        photo: the folder holds still images.
+        photo: the folder holds photos.
         names: only these files or sequences.
 
     Raises:
         ExportError: nothing usable was found.
     """
     if not folder.is_dir():
-        raise ExportError(f"expected a folder of footage at {folder}, found none; pass one that exists")
+        raise ExportError(f"expected a folder of clips at {folder}, found none; pass one that exists")
     suffixes = PHOTO_SUFFIXES if photo else VIDEO_SUFFIXES
     files = [p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in suffixes]
     sequences = [] if photo else [p for p in folder.iterdir() if p.is_dir() and images_of(p)]
@@ -169,7 +191,9 @@ def load_folder(
     if names is not None:
         missing = set(names) - {p.name for p in paths}
         if missing:
-            raise ExportError(f"expected {', '.join(sorted(missing))} in {folder}, not found; mend the list")
+            raise ExportError(
+                f"expected {', '.join(sorted(missing))} in {folder}, not found; correct the list"
+            )
         paths = [p for p in paths if p.name in names]
     clips: list[Clip] = []
     for path in paths:
@@ -181,7 +205,7 @@ def load_folder(
         is_sequence = not photo and images_of(folder)
         hint = "put the images of a sequence into a folder inside it" if is_sequence else "add clips"
         raise ExportError(
-            f"expected footage of at least {min_side} pixels a side in {folder}, "
+            f"expected clips of at least {min_side} pixels a side in {folder}, "
             f"found none among {len(paths)} files; {hint} or choose smaller patches"
         )
     log.info("%s: %d files used, %d skipped", folder, len(clips), len(paths) - len(clips))

@@ -1,7 +1,7 @@
 """Degradations: how lr windows are made from hr ones, by name.
 
 All run on the device of their input, but for the codecs of ``real``: x264 and libjpeg exist on the CPU only,
-and their own artefacts are worth more than a model of them; lr pixels are a sixteenth of the footage's.
+and their own artifacts are better than a model of them; lr frames have a sixteenth of the pixels.
 Nothing is differentiable, and nothing need be: lr windows are data.
 """
 
@@ -36,9 +36,9 @@ BLUR_SIGMAS = (0.4, 3.0)  # hr pixels, each axis of its own
 BLUR_RADIUS = 9  # hr pixels, three times the largest sigma
 RESIZES = ("area", "bilinear", "bicubic")
 MIDWAY = (1 / SCALE, 1.0)  # size after the first of the two resizes, over the hr size
-MAX_NOISE = 8.0  # standard deviation, grey levels
-MAX_SHOT_NOISE = 0.6  # grey levels at a grey level of 1; 10 at white: grows with the square root
-GREY_NOISE_SHARE = 0.4  # of the windows have noise without colour
+MAX_NOISE = 8.0  # standard deviation, gray levels
+MAX_SHOT_NOISE = 0.6  # gray levels at a gray level of 1; 10 at white: grows with the square root
+GRAY_NOISE_SHARE = 0.4  # of the windows have noise without color
 H264_SHARE, JPEG_SHARE = 0.6, 0.2  # of the windows; the rest stays uncompressed
 CRF = (18, 36)  # of H.264: hardly visible .. poor
 JPEG_QUALITY = (40, 96)
@@ -54,8 +54,8 @@ def bi(hr: Tensor, rng: np.random.Generator | None = None) -> Tensor:
 def bd(hr: Tensor, rng: np.random.Generator | None = None) -> Tensor:
     """Gaussian blur of sigma 1.6, then every fourth pixel, as the published BD scores have it.
 
-    Lr pixel (0, 0) is centred on hr pixel (0, 0), and not between four of them as in ``bi``: the lr picture
-    lies 1.5 hr pixels away from where ``bi`` puts it. A network for the one must not be judged on the other.
+    Lr pixel (0, 0) is centered on hr pixel (0, 0), and not between four of them as in ``bi``: the lr picture
+    lies 1.5 hr pixels away from where ``bi`` puts it. A network for the one must not be scored on the other.
     """
     x = torch.arange(-BD_RADIUS, BD_RADIUS + 1, device=hr.device, dtype=hr.dtype)
     kernel = torch.exp(-((x / BD_SIGMA) ** 2) / 2)
@@ -129,7 +129,7 @@ def _noisy(lr: Tensor, rng: np.random.Generator, noise: torch.Generator) -> Tens
     windows = []
     for window in lr:
         read, shot = rng.uniform(0, MAX_NOISE), rng.uniform(0, MAX_SHOT_NOISE)
-        channels = 1 if rng.random() < GREY_NOISE_SHARE else 3
+        channels = 1 if rng.random() < GRAY_NOISE_SHARE else 3
         sigma = (read**2 + shot**2 * 255 * window.clamp(0, 1)).sqrt() / 255
         shape = (len(window), channels, *window.shape[-2:])
         windows.append(window + sigma * torch.randn(shape, device=lr.device, generator=noise))

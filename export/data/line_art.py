@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from export.data.clips import Clip
+from export.data.clips import Clip, cache_file
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +53,11 @@ def draw_all(count: int, cache: Path, photos: int = 0) -> list[Clip]:
     stored = cache / f"drawings-{count}-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}.npy"
     if not stored.exists():
         log.info("drawing %d pictures", count)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{os.getpid()}.part")
-        pictures = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, SIDE, SIDE, 3))
-        with ThreadPoolExecutor() as pool:
+        with cache_file(stored) as partial, ThreadPoolExecutor() as pool:
+            pictures = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, SIDE, SIDE, 3))
             for index, picture in enumerate(pool.map(draw, range(count))):
                 pictures[index] = picture
-        pictures.flush()
-        partial.replace(stored)
+            pictures.flush()
     weight = SHARE / (1 - SHARE) * photos / count if photos else 1.0
     pictures = np.load(stored, mmap_mode="r")
     return [Clip(f"drawing {index}", picture[None, None], weight) for index, picture in enumerate(pictures)]

@@ -1,4 +1,4 @@
-"""Training windows: random crops of footage, augmented, with motion made up for photos."""
+"""Training windows: random crops of video clips, augmented, and of photos, over which a camera moves."""
 
 from __future__ import annotations
 
@@ -17,39 +17,27 @@ from torch import Tensor
 from export.data.clips import Clip
 from export.spec import WINDOW
 
-CROP_TRIES = 4  # the sharpest of so many is taken: flat ones teach nothing
-PHOTO_MARGIN = 32  # hr pixels kept around a photo's crop for its made-up motion
+CROP_TRIES = 4  # the sharpest of so many is taken: nothing is learned from flat ones
+PHOTO_MARGIN = 32  # hr pixels around a photo's crop, for the camera's motion
 MAX_SHIFT = 12.0  # hr pixels per frame
-TRIPOD_SHARE = 0.3  # of the windows of photos have no motion, as much footage: one frame must do
+TRIPOD_SHARE = 0.3  # of the windows of photos have no motion, as much video has none
 MAX_SHAKE = 0.3  # standard deviation, hr pixels
 MAX_TURN = math.radians(1.5)  # per frame
 MAX_ZOOM = 0.015  # per frame
 SKIP_FRAME_SHARE = 0.25  # of the windows take every second frame: larger motion
 
 
-class Batch(NamedTuple):
-    """Windows, and how the camera moved where that is known."""
-
-    hr_windows: Tensor
-    """(N, L, 3, H, W) float32 RGB, 0..1: L consecutive frames, three unless more were asked for."""
-    motion: Tensor
-    """(N, 2 (L - 2), 2, 3) float32: for each frame but the first and the last, per neighbour, the affine map
-    of a point of the frame to where it lies in the neighbour; (x, y) run from -1 to 1 between the frame's
-    edges. NaN where unknown."""
-
-
-def windowed(frames: Tensor, motion: Tensor) -> Batch:
+def windowed(frames: Tensor) -> Tensor:
     """The windows of longer crops, those of a crop in a row.
 
     Args:
         frames: (N, L, 3, h, w), of any resolution.
-        motion: (N, 2 (L - 2), 2, 3), see ``Batch``.
 
     Returns:
-        (N (L - 2), 3, 3, h, w) frames t-1, t, t+1, and their (N (L - 2), 2, 2, 3) motion.
+        (N (L - 2), 3, 3, h, w): frames t-1, t, t+1.
     """
     windows = [frames[:, t : t + WINDOW] for t in range(frames.shape[1] - WINDOW + 1)]
-    return Batch(torch.stack(windows, 1).flatten(0, 1), motion.reshape(-1, WINDOW - 1, 2, 3))
+    return torch.stack(windows, 1).flatten(0, 1)
 
 
 class ClipWindow(NamedTuple):
@@ -78,13 +66,13 @@ class PhotoWindow(NamedTuple):
     """(L, 3, 3): per frame the affine map of its points to where they lie in the cut-out."""
 
 
-Drawn = tuple[list[ClipWindow], list[PhotoWindow]]
+Sampled = tuple[list[ClipWindow], list[PhotoWindow]]
 
 
 class WindowSampler:
-    """Draws batches of hr windows; batch ``step`` is the same however often training was resumed.
+    """Samples batches of hr windows; batch ``step`` is the same however often training was resumed.
 
-    What is drawn does not depend on where it is cut out: here, or on a GPU by ``held.HeldFootage``.
+    What is sampled does not depend on where it is cut: here, or on a GPU by ``gpu.GpuFootage``.
     """
 
     def __init__(
@@ -99,10 +87,10 @@ class WindowSampler:
         """Sample ``patch`` x ``patch`` hr crops; ``photo_share`` of them from ``photos``.
 
         Args:
-            clips: footage.
-            photos: still images, may be empty.
+            clips: video clips.
+            photos: photos and line art, may be empty.
             patch: hr pixels a side.
-            photo_share: of the windows, drawn from ``photos`` if there are any.
+            photo_share: share of the windows from ``photos``, if there are any.
             seed: with the step, decides a batch.
         """
         self.clips, self.photos = clips, photos
@@ -112,36 +100,36 @@ class WindowSampler:
         self.weights = _shares([clip.weight * math.sqrt(len(clip.segments)) for clip in clips])
         self.photo_weights = _shares([photo.weight for photo in photos])
         self.side = min([patch + 2 * PHOTO_MARGIN, *(min(p.segments.shape[2:4]) for p in photos)])
-        """Of what is cut out of a photo before the camera moves over it."""
+        """Hr pixels a side of what is cut out of a photo before the camera moves over it."""
 
-    def batch(self, step: int, size: int, length: int = WINDOW) -> Batch:
-        """The batch of a step, on the CPU.
+    def batch(self, step: int, size: int, length: int = WINDOW) -> Tensor:
+        """The batch of a step, (N, L, 3, H, W) float32 RGB, 0..1, on the CPU.
 
         Args:
-            step: with the seed, decides what is drawn.
+            step: with the seed, decides what is sampled.
             size: crops.
             length: consecutive frames of each, 3 to 7.
         """
-        return self.cut(self.draw(step, size, length), length)
+        return self.cut(self.sample(step, size, length), length)
 
-    def draw(self, step: int, size: int, length: int = WINDOW) -> Drawn:
-        """What ``batch`` cuts out: windows of clips, then those of photos."""
+    def sample(self, step: int, size: int, length: int = WINDOW) -> Sampled:
+        """What ``batch`` cuts: windows of clips, then those of photos."""
         rng = np.random.default_rng((self.seed, step))
-        # Not by chance window by window: a GPU records its work per number of photos, and here there are two.
+        # At most two numbers of photos: a CUDA graph is captured for each.
         photos = int(size * self.photo_share + rng.random())
         return (
-            [self._draw_clip(rng, length) for _ in range(size - photos)],
-            [self._draw_photo(rng, length) for _ in range(photos)],
+            [self._sample_clip(rng, length) for _ in range(size - photos)],
+            [self._sample_photo(rng, length) for _ in range(photos)],
         )
 
-    def cut(self, drawn: Drawn, length: int) -> Batch:
+    def cut(self, sampled: Sampled, length: int) -> Tensor:
         """Windows of ``length`` frames from disk, on the CPU."""
-        clips, photos = drawn
+        clips, photos = sampled
         windows = [self._cut_clip(window, length) for window in clips]
         windows += [self._cut_photo(window) for window in photos]
-        return Batch(torch.stack(windows), known_motion(drawn, length))
+        return torch.stack(windows)
 
-    def _draw_clip(self, rng: np.random.Generator, length: int) -> ClipWindow:
+    def _sample_clip(self, rng: np.random.Generator, length: int) -> ClipWindow:
         index = int(rng.choice(len(self.clips), p=self.weights))
         segments = self.clips[index].segments
         count, available, height, width, _ = segments.shape
@@ -151,26 +139,26 @@ class WindowSampler:
             segment = int(rng.integers(count))
             first = int(rng.integers(available - stride * (length - 1)))
             y, x = int(rng.integers(height - self.patch + 1)), int(rng.integers(width - self.patch + 1))
-            # On the host wherever it is cut out, or every crop would wait for a GPU; a quarter tells as much.
+            # On the host wherever it is cut, or every crop would wait for a GPU; of a quarter of the pixels.
             centre = segments[segment, first + stride * (length // 2)]
             green = centre[y : y + self.patch : 2, x : x + self.patch : 2, 1].astype(np.int16)
             sharpness = sum(float(np.abs(np.diff(green, axis=axis)).mean()) for axis in (0, 1))
             crops.append((sharpness, segment, first, y, x))
         _, segment, first, y, x = max(crops)
-        return ClipWindow(index, segment, first, stride, y, x, *_draw_turn(rng), bool(rng.random() < 0.5))
+        return ClipWindow(index, segment, first, stride, y, x, *_sample_turn(rng), bool(rng.random() < 0.5))
 
-    def _cut_clip(self, drawn: ClipWindow, length: int) -> Tensor:
+    def _cut_clip(self, window: ClipWindow, length: int) -> Tensor:
         """(L, 3, patch, patch) float32, 0..1."""
-        frames = self.clips[drawn.clip].segments[
-            drawn.segment,
-            drawn.first : drawn.first + drawn.stride * (length - 1) + 1 : drawn.stride,
-            drawn.y : drawn.y + self.patch,
-            drawn.x : drawn.x + self.patch,
+        frames = self.clips[window.clip].segments[
+            window.segment,
+            window.first : window.first + window.stride * (length - 1) + 1 : window.stride,
+            window.y : window.y + self.patch,
+            window.x : window.x + self.patch,
         ]
-        window = _turned(frames, drawn.mirrored, drawn.quarter_turns)
-        return window.flip(0) if drawn.is_reversed else window
+        images = _turned(frames, window.mirrored, window.quarter_turns)
+        return images.flip(0) if window.is_reversed else images
 
-    def _draw_photo(self, rng: np.random.Generator, length: int) -> PhotoWindow:
+    def _sample_photo(self, rng: np.random.Generator, length: int) -> PhotoWindow:
         """Move a virtual camera over a photo, if it moves: a steady shift, turn and zoom, and some shake."""
         index = int(rng.choice(len(self.photos), p=self.photo_weights))
         side = self.side
@@ -186,18 +174,18 @@ class WindowSampler:
             cos, sin = factor * math.cos(turn * t), factor * math.sin(turn * t)
             dx, dy = 2 * (shift * t + rng.normal(0, pace * MAX_SHAKE, 2)) / side
             camera[frame] = (cos, -sin, dx), (sin, cos, dy), (0, 0, 1)
-        return PhotoWindow(index, y, x, *_draw_turn(rng), camera)
+        return PhotoWindow(index, y, x, *_sample_turn(rng), camera)
 
-    def _cut_photo(self, drawn: PhotoWindow) -> Tensor:
+    def _cut_photo(self, window: PhotoWindow) -> Tensor:
         """(L, 3, patch, patch) float32, 0..1."""
-        y, x = drawn.y, drawn.x
-        image = self.photos[drawn.photo].segments[0, :, y : y + self.side, x : x + self.side]
-        turned = _turned(image, drawn.mirrored, drawn.quarter_turns)
-        return moved(turned, torch.from_numpy(drawn.camera[None]), self.patch)[0]
+        y, x = window.y, window.x
+        image = self.photos[window.photo].segments[0, :, y : y + self.side, x : x + self.side]
+        turned = _turned(image, window.mirrored, window.quarter_turns)
+        return move_camera(turned, torch.from_numpy(window.camera[None]), self.patch)[0]
 
 
-def batches_from(step: int, sampler: WindowSampler, size: int, length: int) -> Iterator[Batch]:
-    """The batches of ``step`` and all that follow, each made while the one before is learned from."""
+def batches_from(step: int, sampler: WindowSampler, size: int, length: int) -> Iterator[Tensor]:
+    """The batches of ``step`` and all that follow, each prepared while the one before is trained on."""
     with ThreadPoolExecutor(1) as loader:
         pending = loader.submit(sampler.batch, step, size, length)
         for later in count(step + 1):
@@ -206,7 +194,7 @@ def batches_from(step: int, sampler: WindowSampler, size: int, length: int) -> I
             yield batch
 
 
-def moved(images: Tensor, cameras: Tensor, patch: int) -> Tensor:
+def move_camera(images: Tensor, cameras: Tensor, patch: int) -> Tensor:
     """What a virtual camera sees that moves over an image.
 
     Args:
@@ -224,23 +212,11 @@ def moved(images: Tensor, cameras: Tensor, patch: int) -> Tensor:
     return views.clamp(0, 1).unflatten(0, (n, length))
 
 
-def known_motion(drawn: Drawn, length: int) -> Tensor:
-    """(N, 2 (L - 2), 2, 3) float32 on the CPU, see ``Batch``."""
-    clips, photos = drawn
-    inner = range(1, length - 1)
-    motion = np.full((len(clips) + len(photos), 2 * len(inner), 2, 3), np.nan, np.float32)
-    for index, photo in enumerate(photos, len(clips)):
-        camera = photo.camera
-        maps = [np.linalg.inv(camera[t - 1 : t + 2 : 2]) @ camera[t] for t in inner]
-        motion[index] = np.concatenate(maps)[:, :2]
-    return torch.from_numpy(motion)
-
-
 def _shares(weights: Sequence[float]) -> NDArray[np.float64]:
     return np.asarray(weights) / sum(weights)
 
 
-def _draw_turn(rng: np.random.Generator) -> tuple[bool, int]:
+def _sample_turn(rng: np.random.Generator) -> tuple[bool, int]:
     """Whether to mirror, and how many quarter turns."""
     return bool(rng.random() < 0.5), int(rng.integers(4))
 

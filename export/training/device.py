@@ -20,17 +20,17 @@ def find_device() -> torch.device:
 
 
 def warn_of_slow_bf16(device: torch.device) -> None:
-    """Say so where bf16 only costs time; with AVX-512 or AMX it saves some."""
+    """Warn where bf16 only costs time; with AVX-512 or AMX it saves some."""
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        log.warning("bf16 makes steps several times slower on this processor: leave --bf16 out")
+        log.warning("bf16 makes steps several times slower on this processor: pass --fp32")
 
 
-def placed(network: _Network, device: torch.device) -> _Network:
-    """On the device, in the layout its convolutions are fastest in."""
+def to_channels_last(network: _Network, device: torch.device) -> _Network:
+    """On the device, in the memory format its convolutions are fastest in."""
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     return network
 
 
-def placed_all(tensors: _Tensors, device: torch.device) -> _Tensors:
+def to_device(tensors: _Tensors, device: torch.device) -> _Tensors:
     """A named tuple of tensors, on the device."""
     return type(tensors)(*(tensor.to(device) for tensor in tensors))

@@ -1,11 +1,11 @@
 """Structured pruning: takes whole inner channels out of a trained network, and leaves a smaller, plain one.
 
-As in the papers: a phase with a sparsity regulariser, whole channels chosen by importance, then fine-tuning
+As in the papers: a phase with a sparsity regularizer, whole channels chosen by importance, then fine-tuning
 (``python -m export train`` with ``--init`` the pruned and ``--teacher`` the unpruned network).
 
-A prunable channel is made by the rows of one convolution and read by the columns of one other; ``LINKS`` says
-which, and is all that the penalty, the importance and the slicing know of the architecture. How many channels
-stay is read off the shapes of the two width tables.
+A prunable channel is produced by rows of one convolution and consumed by columns of one other; ``LINKS``
+says which, and is all that penalty, importance and slicing know of the architecture. How many channels stay
+follows from the shapes of the two width tables.
 
 *Penalty.* A group lasso (Yuan and Lin 2006; on channels, Wen et al. 2016): strength * sqrt(numbers per
 channel) * norm of the channel's rows and columns, applied as its proximal step after that of the optimizer.
@@ -39,8 +39,9 @@ from export.data.clips import Clip
 from export.errors import ExportError
 from export.folders import written_whole
 from export.network import MstGan, Widths, count
-from export.training.evaluation import evaluate, mean
-from export.training.trainer import Trainer, TrainOptions
+from export.training.config import Config
+from export.training.evaluate import evaluate_segments, mean
+from export.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +52,18 @@ MIN_FACTOR = 0.9  # of one shrinking step: a channel at exactly zero would have 
 
 @dataclass(frozen=True)
 class Link:
-    """Channels made by one convolution, read by one other, and by nothing else."""
+    """Channels produced by one convolution, and consumed by one other and by nothing else."""
 
-    maker: str
+    producer: str
     """Pattern of its name; a channel is ``rows`` rows (axis 0) of weight and bias."""
-    reader: str
-    """Its name, from the maker's groups; a channel is one column (axis 1) of the weight."""
+    consumer: str
+    """Its name, from the producer's groups; a channel is one column (axis 1) of the weight."""
     rows: int = 1
     """Four where a pixel shuffle by two lies between: it folds four consecutive channels into one."""
 
 
 _BOTTLENECK = r"(generator\.encoder\.layer\d+\.\d+)"
 LINKS = (
-    Link(r"(flow_align\.refine\.hidden)\.0", r"\1.2"),
-    Link(r"(flow_align\.refine\.hidden)\.2", r"\1.4"),
-    Link(r"(flow_align\.refine)\.hidden\.4", r"\1.residual"),
     Link(_BOTTLENECK + r"\.reduce", r"\1.spatial"),
     Link(_BOTTLENECK + r"\.spatial", r"\1.expand"),
     Link(r"(generator\.(?:context|detail)\.\d+)\.conv1", r"\1.conv2"),
@@ -77,19 +75,19 @@ LINKS = (
 class Group:
     """The channels of one link in a network of given widths, and how many of them stay."""
 
-    maker: str
-    reader: str
+    producer: str
+    consumer: str
     rows: int
     channels: int
     kept: int
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """The tied tensors: the maker's weight and bias, the reader's weight."""
-        return f"{self.maker}.weight", f"{self.maker}.bias", f"{self.reader}.weight"
+        """The tied tensors: the producer's weight and bias, the consumer's weight."""
+        return f"{self.producer}.weight", f"{self.producer}.bias", f"{self.consumer}.weight"
 
     def sums(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Per channel, (channels,) each: the sum over the maker's rows, and over the reader's columns."""
+        """Per channel, (channels,) each: the sum over the producer's rows and the consumer's columns."""
         weight, bias, read = (tensors[name] for name in self.names)
         made = weight.flatten(1).sum(1) + bias
         return made.view(self.channels, self.rows).sum(1), read.sum((0, 2, 3))
@@ -123,11 +121,13 @@ def find_groups(wide: Widths, narrow: Widths) -> list[Group]:
     groups = []
     for name, weight in before.items():
         for link in LINKS:
-            match = re.fullmatch(link.maker + r"\.weight", name)
+            match = re.fullmatch(link.producer + r"\.weight", name)
             if match and name in after and len(after[name]) < len(weight):
                 channels, kept = len(weight) // link.rows, len(after[name]) // link.rows
                 groups.append(
-                    Group(name.removesuffix(".weight"), match.expand(link.reader), link.rows, channels, kept)
+                    Group(
+                        name.removesuffix(".weight"), match.expand(link.consumer), link.rows, channels, kept
+                    )
                 )
     for group in groups:
         group.slice(before, torch.arange(group.kept, device="meta"))
@@ -163,13 +163,12 @@ def shrink_(group: Group, weights: Mapping[str, Tensor], amount: float) -> None:
 
 
 class SparseTrainer(Trainer):
-    """Goes on training a network under the penalty, and weighs its channels on the way."""
+    """Continues training under the sparsity penalty, and accumulates the importance of channels."""
 
     def __init__(
         self,
         groups: Sequence[Group],
-        sparsity: float,
-        options: TrainOptions,
+        config: Config,
         clips: Sequence[Clip],
         photos: Sequence[Clip],
         validation: Sequence[Clip],
@@ -179,32 +178,31 @@ class SparseTrainer(Trainer):
         """As ``Trainer``.
 
         Args:
-            groups: channels to shrink and weigh, see ``find_groups``.
-            sparsity: of the penalty, as a share of Adam's step: what the root mean square of a channel's
-                numbers loses per step, over the learning rate.
-            options: as for ``Trainer``, and so are the others.
-            clips: footage to train on.
-            photos: still images to train on, may be empty.
-            validation: footage to score on.
+            groups: channels to shrink and to measure the importance of, see ``find_groups``.
+            config: its ``sparsity`` is what the root mean square of a channel's numbers loses per step, over
+                the learning rate, a share of Adam's step; else as for ``Trainer``, and so are the others.
+            clips: video clips to train on.
+            photos: photos and line art to train on, may be empty.
+            validation: clips to score on.
             out: run folder.
             init: the trained network.
 
         Raises:
             ExportError: ``out`` holds a run without importance, or of other widths.
         """
-        super().__init__(options, clips, photos, validation, out, init)
-        self.groups, self.sparsity = groups, sparsity
+        super().__init__(config, clips, photos, validation, out, init)
+        self.groups = groups
         self.weights = dict(self.network.named_parameters())
-        self.importance = {g.maker: torch.zeros(g.channels, device=self.device) for g in groups}
+        self.importance = {g.producer: torch.zeros(g.channels, device=self.device) for g in groups}
         if self.step:
             self._resume_importance()
         # Before the update: gradients belong to the weights as they are now.
-        self.optimizer.register_step_pre_hook(lambda *_: self._weigh())
+        self.optimizer.register_step_pre_hook(lambda *_: self._accumulate_importance())
         self.optimizer.register_step_post_hook(lambda *_: self._shrink())
 
     @property
-    def can_record(self) -> bool:
-        """No: how much channels shrink is a number of the host, another one in each step."""
+    def can_use_graph(self) -> bool:
+        """No: how much channels shrink is a number of the host, a different one in each step."""
         return False
 
     def _resume_importance(self) -> None:
@@ -218,18 +216,18 @@ class SparseTrainer(Trainer):
         self.importance = found
 
     @torch.no_grad()
-    def _weigh(self) -> None:
-        # Clipped gradients, all layers alike: an outlier among the batches has no more say than others.
+    def _accumulate_importance(self) -> None:
+        # Clipped gradients, in all layers: an outlier among the batches counts no more than others.
         gradients = {name: w.grad for name, w in self.weights.items() if w.grad is not None}
         for group in self.groups:
             if gradients.keys() >= set(group.names):
                 now = taylor(group, self.weights, gradients)
-                self.importance[group.maker].lerp_(now, 1 - IMPORTANCE_DECAY)
+                self.importance[group.producer].lerp_(now, 1 - IMPORTANCE_DECAY)
 
     @torch.no_grad()
     def _shrink(self) -> None:
         for group in self.groups:
-            shrink_(group, self.weights, self.sparsity * self.learning_rate(self.step))
+            shrink_(group, self.weights, self.config.sparsity * self.learning_rate(self.step))
 
     def save(self) -> None:
         """As ``Trainer.save``, then the importance; one that is a few steps older does no harm."""
@@ -246,10 +244,10 @@ class SparseTrainer(Trainer):
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer's channels."""
+    """How many of one layer's channels stay."""
 
     layer: str
-    reader: str
+    consumer: str
     channels: int
     kept: int
     kept_importance: float
@@ -265,7 +263,7 @@ def prune(
     Args:
         network: of the wider widths; it is left as it is.
         target: widths of the answer.
-        importance: per group's maker, (channels,), >= 0.
+        importance: per group's producer, (channels,), >= 0.
 
     Returns:
         The pruned network in evaluation mode on the CPU, and a report per pruned layer.
@@ -274,20 +272,20 @@ def prune(
         ExportError: as ``find_groups``.
     """
     state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-    report, silent = [], []
+    report, unknown = [], []
     for group in find_groups(network.widths, target):
-        weighed = importance[group.maker].detach().double().cpu()
-        chosen = weighed.topk(group.kept).indices.sort().values
+        values = importance[group.producer].detach().double().cpu()
+        chosen = values.topk(group.kept).indices.sort().values
         group.slice(state, chosen)
-        total = weighed.sum().item()
+        total = values.sum().item()
         if not total:
-            silent.append(group.maker)
-        kept = weighed[chosen].sum().item() / total if total else 1.0  # nothing was lost where nothing was
-        report.append(LayerReport(group.maker, group.reader, group.channels, group.kept, kept, 1 - kept))
-    if silent:
+            unknown.append(group.producer)
+        kept = values[chosen].sum().item() / total if total else 1.0  # nothing is lost where there is nothing
+        report.append(LayerReport(group.producer, group.consumer, group.channels, group.kept, kept, 1 - kept))
+    if unknown:
         log.warning(
-            "%d layers, as %s, have weighed nothing in the loss: which of their channels stay is arbitrary",
-            len(silent), silent[0],
+            "%d layers, as %s, have no importance for the loss: which of their channels stay is arbitrary",
+            len(unknown), unknown[0],
         )  # fmt: skip
     pruned = MstGan(target)
     pruned.load_state_dict(state)
@@ -303,11 +301,11 @@ def finish(trainer: SparseTrainer, target: Widths, out: Path) -> str:
     Raises:
         ExportError: training was stopped early, or the disk is full.
     """
-    options = trainer.options
+    config = trainer.config
     if (progress := trainer.progress(trainer.step)) < 1:
         raise ExportError(
             f"expected the whole run before channels go, found {progress:.0%} of it, {trainer.step} steps: "
-            "the same command goes on from there"
+            "run the same command again to resume"
         )
     pruned, layers = prune(trainer.ema, target, trainer.importance)
     scores = {}
@@ -315,12 +313,11 @@ def finish(trainer: SparseTrainer, target: Widths, out: Path) -> str:
         ("before_pruning_db", trainer.ema),
         ("after_pruning_db", pruned.to(trainer.device)),
     ):
-        scored = evaluate(network, trainer.validation, options.validation_segments)
+        scored = evaluate_segments(network, trainer.validation, config.validation_segments)
         scores[stage] = mean(scored).gain_db
     recipe = {
-        **asdict(options),
+        **asdict(config),
         "pruned_from": trainer.network.widths.name,
-        "sparsity": trainer.sparsity,
         "step": trainer.step,
         "device": trainer.device.type,
         "kept_importance": {layer.layer: round(layer.kept_importance, 4) for layer in layers},

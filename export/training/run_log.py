@@ -1,4 +1,4 @@
-"""What a training run tells while it goes on: rows of its ``log.csv`` and a progress bar."""
+"""Rows of a training run's ``log.csv``, and its progress bar."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 FIELDS = (
-    "step", "pixel", "teacher", "hints", "flow", "temporal", "perceptual", "adversarial", "discriminator",
+    "step", "pixel", "teacher", "features", "temporal", "perceptual", "adversarial", "discriminator",
     "lr", "step_s", "gain_db", "lpips", "tof_px",
 )  # fmt: skip
 
 
 class RunLog:
-    """Means of what the steps report, a row each so often; an existing file keeps its columns."""
+    """Means of what the steps report, a row every few steps; an existing file keeps its columns."""
 
     def __init__(self, path: Path, progress: float) -> None:
-        """Open ``path`` for a run that has come ``progress``, 0..1, of its way."""
+        """Open ``path`` for a run of which ``progress``, 0..1, is done."""
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         )
@@ -46,12 +46,12 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave bar and file in order."""
+        """Close bar and file."""
         self.bar.stop()
         self.file.close()
 
     def add(self, parts: Mapping[str, float], progress: float) -> None:
-        """Take up what one step reports."""
+        """Add what one step reports."""
         for name, value in parts.items():
             self.sums[name] += value
         self.count += 1

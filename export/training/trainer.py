@@ -1,4 +1,4 @@
-"""Training of a network, resumable: for fidelity, for a teacher, against a discriminator."""
+"""Training of a network, resumable: for fidelity, by distillation, against a discriminator."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from export.checkpoint import save_checkpoint
 from export.data.clips import Clip
 from export.data.degradations import bi
-from export.data.windows import Batch, WindowSampler, batches_from, windowed
+from export.data.windows import WindowSampler, batches_from, windowed
 from export.errors import ExportError
 from export.folders import written_whole
 from export.network import WIDTHS, MstGan
 from export.spec import CHANNELS, SCALE, WINDOW
-from export.training.adversarial import Adversary
-from export.training.device import find_device, placed, placed_all, warn_of_slow_bf16
-from export.training.evaluation import Instruments, Score, evaluate, mean
+from export.training.best_checkpoint import BestCheckpoint, validation_crops
+from export.training.config import Config
+from export.training.device import find_device, to_channels_last, to_device, warn_of_slow_bf16
+from export.training.distillation import Distillation
+from export.training.evaluate import MetricConfig, Score, evaluate_segments, mean
+from export.training.gan import AdversarialLoss
+from export.training.gpu import CudaGraphUpdate, GpuFootage, offsets_from
 from export.training.grow import grow
-from export.training.held import HeldFootage
-from export.training.imitation import Imitation, Teacher
-from export.training.losses import PIXEL_LOSSES, flow_loss, motion_loss, temporal_loss
+from export.training.interrupt import Interrupt, deferred_interrupt
+from export.training.losses import PIXEL_LOSSES, temporal_loss
 from export.training.optimizer import OPTIMIZERS, resume, set_rate
-from export.training.options import TrainOptions
 from export.training.perceptual import DistilledVgg
-from export.training.recorded import RecordedUpdate, located_from
 from export.training.run_log import RunLog
-from export.training.selection import Selection, watched
 
 log = logging.getLogger(__name__)
 
@@ -54,71 +54,72 @@ class Trainer:
 
     def __init__(
         self,
-        options: TrainOptions,
+        config: Config,
         clips: Sequence[Clip],
         photos: Sequence[Clip],
         validation: Sequence[Clip],
         out: Path,
         init: MstGan | None = None,
-        teachers: Sequence[Teacher] = (),
+        teacher: MstGan | None = None,
         *,
         perceptual: DistilledVgg | None = None,
-        instruments: Instruments | None = None,
+        metrics: MetricConfig | None = None,
     ) -> None:
-        """Start afresh, from ``init``'s weights, or where ``out`` left off.
+        """Start a run, from ``init``'s weights if given, or resume the one in ``out``.
 
         Args:
-            options: what decides the result.
-            clips: footage to train on.
-            photos: still images to train on, may be empty.
-            validation: footage to score on.
+            config: what decides the result.
+            clips: video clips to train on.
+            photos: photos and line art to train on, may be empty.
+            validation: clips to score on.
             out: run folder, created if missing.
             init: weights to start from, of the same widths or smaller ones, see ``grow``.
-            teachers: networks, of any widths, whose mean answer is learned beside the truth.
+            teacher: network, of any widths, whose answers are learned beside the truth.
             perceptual: network of the perceptual loss, for the adversarial objective.
-            instruments: what validation measures besides PSNR-Y and SSIM-Y; the adversarial objective needs
+            metrics: what validation measures besides PSNR-Y and SSIM-Y; the adversarial objective needs
                 LPIPS and tOF, to choose its best checkpoint by.
 
         Raises:
-            ExportError: ``out`` holds a run that these options cannot go on with.
+            ExportError: ``out`` holds a run that cannot be resumed with this configuration.
         """
-        self.options, self.validation, self.out = options, validation, out
-        self.instruments = instruments or Instruments()
+        self.config, self.validation, self.out = config, validation, out
+        self.metrics = metrics or MetricConfig()
         self.device = find_device()
-        if options.bf16:
+        if config.bf16:
             warn_of_slow_bf16(self.device)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        # TF32 for convolutions alone: grids of the photos' known motion are products of matrices, and its
-        # ten bits would misplace them by a tenth of a pixel.
+        # TF32 for convolutions alone: the sampling grids of cameras over photos are products of matrices, and
+        # its ten bits would misplace them by a tenth of a pixel.
         torch.backends.cudnn.allow_tf32 = True
-        torch.manual_seed(options.seed)
-        widths = WIDTHS[options.widths]
-        self.network = placed(grow(init, widths) if init else MstGan(widths), self.device)
+        torch.manual_seed(config.seed)
+        widths = WIDTHS[config.widths]
+        self.network = to_channels_last(grow(init, widths) if init else MstGan(widths), self.device)
         self.align, self.features = self.network.flow_align.align, self.network.generator.features
-        if options.compile:
+        if config.compile:
             self.align, self.features = torch.compile(self.align), torch.compile(self.features)
-        self.ema = placed(MstGan(widths), self.device).requires_grad_(False)
+        self.ema = to_channels_last(MstGan(widths), self.device).requires_grad_(False)
         self.ema.load_state_dict(self.network.state_dict())
-        how = options.pixel_loss, options.turned_teacher
-        self.imitation = placed(Imitation(teachers, widths, *how), self.device) if teachers else None
-        learned = list(self.network.parameters())
-        if self.imitation:
-            learned += self.imitation.adapters.parameters()
-        self.optimizer = OPTIMIZERS[options.optimizer](learned, options.lr)
+        self.distillation: Distillation | None = None
+        trained = list(self.network.parameters())
+        if teacher:
+            distillation = Distillation(teacher, widths, config.pixel_loss, config.augmented_teacher)
+            self.distillation = to_channels_last(distillation, self.device)
+            trained += self.distillation.adapters.parameters()
+        self.optimizer = OPTIMIZERS[config.optimizer](trained, config.lr)
         self.sampler = WindowSampler(
-            clips, photos, patch=options.patch, photo_share=options.photo_share, seed=options.seed,
+            clips, photos, patch=config.patch, photo_share=config.photo_share, seed=config.seed,
         )  # fmt: skip
-        is_held = options.hold and self.device.type == "cuda"
-        self.footage = HeldFootage(self.sampler, self.device) if is_held else None
-        self.adversary: Adversary | None = None
-        self.selection: Selection | None = None
-        if options.objective == "adversarial":
-            self.adversary = Adversary(options, perceptual, self.device)
-            self.selection = Selection()
-            self.validation = watched(validation)
-        if self.instruments.lpips:
-            self.instruments.lpips.to(self.device)
-        self.length = LONG if options.temporal_weight > 0 or self.adversary else WINDOW
+        on_gpu = config.gpu_footage and self.device.type == "cuda"
+        self.gpu_footage = GpuFootage(self.sampler, self.device) if on_gpu else None
+        self.adversarial: AdversarialLoss | None = None
+        self.best: BestCheckpoint | None = None
+        if config.objective == "adversarial":
+            self.adversarial = AdversarialLoss(config, perceptual, self.device)
+            self.best = BestCheckpoint()
+            self.validation = validation_crops(validation)
+        if self.metrics.lpips:
+            self.metrics.lpips.to(self.device)
+        self.length = LONG if config.temporal_weight > 0 or self.adversarial else WINDOW
         self.step = 0
         self.spent_s = 0.0
         out.mkdir(parents=True, exist_ok=True)
@@ -127,15 +128,15 @@ class Trainer:
 
     def _resume(self) -> None:
         state = torch.load(self.out / STATE_FILE, map_location=self.device, weights_only=True)
-        if state["widths"] != self.options.widths:
+        if state["widths"] != self.config.widths:
             raise ExportError(
-                f"expected {self.out} to hold a run of the {self.options.widths!r} widths, "
+                f"expected {self.out} to hold a run of the {self.config.widths!r} widths, "
                 f"found {state['widths']!r}; choose another --out"
             )
         found = state.get("optimizer_name", "an older version's")
-        if found != self.options.optimizer:
+        if found != self.config.optimizer:
             raise ExportError(
-                f"expected {self.out / STATE_FILE} of the optimiser {self.options.optimizer!r}, found "
+                f"expected {self.out / STATE_FILE} of the optimizer {self.config.optimizer!r}, found "
                 f"{found!r}; choose another --out, with --init {self.out / EMA_FILE}"
             )
         optimizers = self.optimizer.state_dict(), state["optimizer"]
@@ -143,23 +144,23 @@ class Trainer:
         if mine != theirs:
             raise ExportError(
                 f"expected {self.out} to hold a run of {mine} trained tensors, found {theirs}: it had "
-                "another teacher, or none; start it again with that, or choose another --out"
+                "another teacher, or none; pass that one, or choose another --out"
             )
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         resume(self.optimizer, state["optimizer"])
-        if self.imitation:
-            self.imitation.adapters.load_state_dict(state["adapters"])
-        if self.adversary and self.selection:
-            if "adversary" not in state:
+        if self.distillation:
+            self.distillation.adapters.load_state_dict(state["adapters"])
+        if self.adversarial and self.best:
+            if "adversarial" not in state:
                 raise ExportError(
                     f"expected {self.out} to hold an adversarial run, found one of another objective; choose "
                     f"another --out, with --init {self.out / EMA_FILE}"
                 )
-            self.adversary.load_state_dict(state["adversary"])
-            self.selection.load_state_dict(state["selection"])
+            self.adversarial.load_state_dict(state["adversarial"])
+            self.best.load_state_dict(state["best"])
         self.step = state["step"]
-        self.spent_s = state.get("spent_s", 0.0)  # versions before it had no budget of time
+        self.spent_s = state["spent_s"]
         log.info("resumed %s at step %d", self.out, self.step)
 
     def save(self) -> None:
@@ -171,31 +172,26 @@ class Trainer:
         weights = [weight.detach().sum() for weight in self.network.parameters()]
         self._require_finite(torch.stack(weights).sum(), "sum of weights")
         state = {
-            "widths": self.options.widths,
+            "widths": self.config.widths,
             "step": self.step,
             "spent_s": self.spent_s,
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "optimizer_name": self.options.optimizer,
+            "optimizer_name": self.config.optimizer,
         }
-        if self.imitation:
-            state["adapters"] = self.imitation.adapters.state_dict()
-        if self.adversary and self.selection:
-            state |= {"adversary": self.adversary.state_dict(), "selection": self.selection.state_dict()}
+        if self.distillation:
+            state["adapters"] = self.distillation.adapters.state_dict()
+        if self.adversarial and self.best:
+            state |= {"adversarial": self.adversarial.state_dict(), "best": self.best.state_dict()}
         with self._guard():
             with written_whole(self.out / STATE_FILE) as partial:
                 torch.save(state, partial)
             self._save_average(self.out / EMA_FILE)
 
     def _save_average(self, path: Path) -> None:
-        recipe = {
-            **asdict(self.options),
-            "teachers": self.imitation.names if self.imitation else [],
-            "step": self.step,
-            "spent_s": round(self.spent_s),
-            "device": self.device.type,
-        }
+        ran = {"step": self.step, "spent_s": round(self.spent_s), "device": self.device.type}
+        recipe = {**asdict(self.config), **ran}
         save_checkpoint(self.ema, path, {"recipe": json.dumps(recipe)})
 
     @contextmanager
@@ -210,44 +206,42 @@ class Trainer:
             ) from err
 
     def progress(self, step: int) -> float:
-        """How much of the run lies behind ``step``, now: 0..1, by steps or by time, whichever is further."""
-        by_steps = step / self.options.steps
-        if self.options.minutes is None:
+        """Share of the run that is done at ``step``, 0..1: by steps or by time, whichever is further."""
+        by_steps = step / self.config.steps
+        if self.config.minutes is None:
             return by_steps
-        return max(by_steps, self.spent_s / (60 * self.options.minutes))
+        return max(by_steps, self.spent_s / (60 * self.config.minutes))
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up, plateau, half cosine: the plateau lets a run be prolonged without a restart."""
-        o = self.options
+        """Warm-up, plateau, half cosine: the plateau lets a run be extended without a restart."""
+        o = self.config
         decay = max(0.0, (self.progress(step) - (1 - o.decay_share)) / o.decay_share)
         cosine = o.final_lr + (o.lr - o.final_lr) * (1 + math.cos(math.pi * min(decay, 1.0))) / 2
         return cosine * min(1.0, (step + 1) / max(o.warmup, 1))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss and its parts, detached; nothing here waits for the device."""
-        o = self.options
-        n, length, _, h, w = batch.hr_windows.shape
-        lr_size = (h // SCALE, w // SCALE)
-        frames, motion_known = windowed(bi(batch.hr_windows), batch.motion)
+    def loss(self, hr_windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss and its parts, detached; nothing here waits for the device.
+
+        Args:
+            hr_windows: (N, L, 3, H, W) float32 RGB, 0..1, on the device; L is ``length``.
+        """
+        o = self.config
+        n, length, _, h, w = hr_windows.shape
+        frames = windowed(bi(hr_windows))
         # In FP32: bf16 is too coarse for motion.
         flow, aligned, estimate = self.align(frames)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=o.bf16):
             features = self.features(frames, flow, aligned)
             answer = self.network.generator.finish(features, frames).float()
-        truth = batch.hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
+        truth = hr_windows[:, WINDOW // 2 : length - WINDOW // 2]  # (N, L - 2, 3, H, W)
         target = F.pixel_unshuffle(truth.flatten(0, 1), SCALE)
         total = PIXEL_LOSSES[o.pixel_loss](answer, target)
         parts = {"pixel": total.detach()}
-        if self.network.widths.flow:  # calculus has nothing to learn
-            motion = flow_loss(estimate, o.flow_smoothness)
-            motion = motion + o.motion_weight * motion_loss(estimate, motion_known, lr_size)
-            total = total + o.flow_weight * motion
-            parts["flow"] = motion.detach()
-        if self.imitation:
-            taught = self.imitation.taught(frames, o.bf16)
-            distance, hints = self.imitation.distances(answer, features, taught)
-            total = total + o.teacher_weight * (distance + o.hint_weight * hints)
-            parts |= {"teacher": distance.detach(), "hints": hints.detach()}
+        if self.distillation:
+            targets = self.distillation.targets(frames, o.bf16)
+            distance, of_features = self.distillation.losses(answer, features, targets)
+            total = total + o.teacher_weight * (distance + o.feature_weight * of_features)
+            parts |= {"teacher": distance.detach(), "features": of_features.detach()}
         if self.length == WINDOW:
             return total, parts
         answers = F.pixel_shuffle(answer, SCALE).reshape(n, length - WINDOW + 1, CHANNELS, h, w)
@@ -255,66 +249,67 @@ class Trainer:
             temporal = temporal_loss(answers - truth, estimate.flow, aligned)
             total = total + o.temporal_weight * temporal
             parts["temporal"] = temporal.detach()
-        if self.adversary:
+        if self.adversarial:
             middle = frames.unflatten(0, (n, -1))[:, answers.shape[1] // 2, WINDOW // 2]
-            verdict, more = self.adversary.judge(answers, truth, middle, self.step, self.progress(self.step))
-            total = total + verdict
+            progress = self.progress(self.step)
+            loss, more = self.adversarial.generator_loss(answers, truth, middle, self.step, progress)
+            total = total + loss
             parts |= more
         return total, parts
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, hr_windows: Tensor) -> dict[str, float]:
         """One update; raises ExportError when the loss stops being a number."""
         set_rate(self.optimizer, self.learning_rate(self.step))
-        total, parts = self.loss(batch)
+        total, parts = self.loss(hr_windows)
         # Here a step waits for the device. Not later: the backward pass of a warp by a flow that is not a
         # number reads memory that is not its own.
         self._require_finite(total)
         reported = {name: float(value) for name, value in parts.items()}
-        self._descend(total)
-        if self.adversary:
-            rate = self.options.discriminator_lr * self.learning_rate(self.step)
-            loss = self.adversary.learn(rate)
+        self._update_weights(total)
+        if self.adversarial:
+            rate = self.config.discriminator_lr * self.learning_rate(self.step)
+            loss = self.adversarial.discriminator_step(rate)
             self._require_finite(loss)
             reported["discriminator"] = float(loss)
         self._count_step()
         return reported
 
-    def _descend(self, total: Tensor) -> None:
+    def _update_weights(self, total: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
         self.optimizer.step()
 
     def _count_step(self) -> None:
         self.step += 1
-        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         averages, currents = tuple(self.ema.parameters()), tuple(self.network.parameters())
         get_ema_multi_avg_fn(decay)(averages, currents, None)
 
-    def _update(self, batch: Batch) -> dict[str, Tensor]:
-        """The part of a step that can be recorded: nothing in it looks at a number."""
-        total, parts = self.loss(batch)
-        self._descend(total)
+    def _update(self, hr_windows: Tensor) -> dict[str, Tensor]:
+        """The part of a step that a CUDA graph can hold: nothing in it reads a value on the host."""
+        total, parts = self.loss(hr_windows)
+        self._update_weights(total)
         return {"total": total.detach(), **parts}
 
     def _steps(self) -> Generator[dict[str, float]]:
-        """Take steps for ever; after each comes what is to be logged, if anything."""
-        o = self.options
-        if self.footage and self.can_record:
-            yield from self._recorded_steps(self.footage)
-        elif self.footage:
-            for located in located_from(self.step, self.footage, o.batch, self.length):
-                yield self.train_step(self.footage.cut(placed_all(located, self.device)))
+        """Take steps without end; yields after each what is to be logged, if anything."""
+        o = self.config
+        if self.gpu_footage and self.can_use_graph:
+            yield from self._graph_steps(self.gpu_footage)
+        elif self.gpu_footage:
+            for offsets in offsets_from(self.step, self.gpu_footage, o.batch, self.length):
+                yield self.train_step(self.gpu_footage.cut(to_device(offsets, self.device)))
         else:
             for batch in batches_from(self.step, self.sampler, o.batch, self.length):
-                yield self.train_step(placed_all(batch, self.device))
+                yield self.train_step(batch.to(self.device))
 
-    def _recorded_steps(self, footage: HeldFootage) -> Iterator[dict[str, float]]:
+    def _graph_steps(self, footage: GpuFootage) -> Iterator[dict[str, float]]:
         """As ``train_step``, but the device is waited for only where a row of the log is due."""
-        update, sums = RecordedUpdate(self._update, footage), dict[str, Tensor]()
-        for located in located_from(self.step, footage, self.options.batch, self.length):
+        update, sums = CudaGraphUpdate(self._update, footage), dict[str, Tensor]()
+        for offsets in offsets_from(self.step, footage, self.config.batch, self.length):
             set_rate(self.optimizer, self.learning_rate(self.step))
-            for name, value in update(located).items():
+            for name, value in update(offsets).items():
                 sums[name] = sums[name] + value if name in sums else value.clone()
             self._count_step()
             if self.step % LOG_EVERY:
@@ -325,9 +320,9 @@ class Trainer:
             sums.clear()
 
     @property
-    def can_record(self) -> bool:
-        """Whether a step can be a CUDA graph: not with a discriminator, nor where a flow is learned."""
-        return not self.adversary and not self.network.widths.flow
+    def can_use_graph(self) -> bool:
+        """Whether a step can be a CUDA graph: not with a discriminator."""
+        return not self.adversarial
 
     def _require_finite(self, value: Tensor, what: str = "loss") -> None:
         if not torch.isfinite(value):
@@ -338,18 +333,20 @@ class Trainer:
 
     def score(self) -> Score:
         """Scores of the averaged weights, the mean over the validation clips."""
-        score = mean(evaluate(self.ema, self.validation, self.options.validation_segments, self.instruments))
+        score = mean(
+            evaluate_segments(self.ema, self.validation, self.config.validation_segments, self.metrics)
+        )
         log.info(
             "step %d: PSNR-Y %.3f dB, bicubic %.3f dB, gain %+.3f dB",
-            self.step, score.psnr_y_db, score.bicubic_psnr_y_db, score.gain_db,
+            self.step, score.network.psnr_db, score.bicubic.psnr_db, score.gain_db,
         )  # fmt: skip
         return score
 
-    def _watch(self) -> dict[str, float | None]:
-        """Score, keep the averaged weights if they are the best so far, and tell the log's columns."""
+    def _validate(self) -> dict[str, float | None]:
+        """Score, save the averaged weights if they are the best so far, and return the log's columns."""
         score = self.score()
         found = score.network
-        if self.selection and self.selection.admit(found, self.step):
+        if self.best and self.best.is_best(found, self.step):
             with self._guard():
                 self._save_average(self.out / BEST_FILE)
             log.info(
@@ -360,42 +357,48 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, saving and validating on the way and when interrupted.
 
+        Ctrl-C and SIGTERM end the run after the step under way; a second one ends it at once, without saving.
         Validation and saving count against the budget of time, but for those after the last step.
         """
-        o = self.options
-        with RunLog(self.out / LOG_FILE, self.progress(self.step)) as run_log:
-            spent_before, began = self.spent_s, monotonic()
-            row_step, row_s = self.step, self.spent_s
-            if self.selection and not self.selection.start:
-                run_log.write({"step": self.step, **self._watch()})
+        with RunLog(self.out / LOG_FILE, self.progress(self.step)) as run_log, deferred_interrupt() as stop:
+            if self.best and not self.best.start:
+                run_log.write({"step": self.step, **self._validate()})
             steps = self._steps()
             try:
-                while self.progress(self.step) < 1:
-                    parts = next(steps)
-                    self.spent_s = spent_before + monotonic() - began
-                    progress = self.progress(self.step)
-                    if parts:
-                        run_log.add(parts, progress)
-                    if self.step % LOG_EVERY and progress < 1:
-                        continue
-                    row: dict[str, float | None] = {
-                        "step": self.step,
-                        "lr": self.learning_rate(self.step),
-                        "step_s": (self.spent_s - row_s) / (self.step - row_step),
-                    }
-                    if self.step % o.validate_every == 0 or progress >= 1:
-                        row |= self._watch()
-                        self.save()
-                        self.spent_s = spent_before + monotonic() - began
-                    run_log.write(row)
-                    row_step, row_s = self.step, self.spent_s
-            except KeyboardInterrupt:
-                log.info("interrupted at step %d; the same command goes on from here", self.step)
+                self._run_steps(steps, run_log, stop)
             finally:
                 steps.close()
             self.save()
-            if self.selection and not self.selection.best_step and self.progress(self.step) >= 1:
-                log.warning(
-                    "%s holds the weights that the run began with: none since was better by its rule, see %s",
-                    self.out / BEST_FILE, self.out / LOG_FILE,
-                )  # fmt: skip
+        progress = self.progress(self.step)
+        if progress < 1:
+            log.info("interrupted at step %d; run the same command again to resume", self.step)
+        elif self.best and not self.best.step:
+            log.warning(
+                "%s holds the weights that the run began with: none since was better by its rule, see %s",
+                self.out / BEST_FILE, self.out / LOG_FILE,
+            )  # fmt: skip
+
+    def _run_steps(self, steps: Iterator[dict[str, float]], run_log: RunLog, interrupt: Interrupt) -> None:
+        """Take steps to the end of the run, or until it is interrupted."""
+        spent_before, began = self.spent_s, monotonic()
+        row_step, row_s = self.step, self.spent_s
+        # Between steps alone: in the middle of one, weights would be half updated.
+        while self.progress(self.step) < 1 and not interrupt.requested:
+            parts = next(steps)
+            self.spent_s = spent_before + monotonic() - began
+            progress = self.progress(self.step)
+            if parts:
+                run_log.add(parts, progress)
+            if self.step % LOG_EVERY and progress < 1:
+                continue
+            row: dict[str, float | None] = {
+                "step": self.step,
+                "lr": self.learning_rate(self.step),
+                "step_s": (self.spent_s - row_s) / (self.step - row_step),
+            }
+            if self.step % self.config.validate_every == 0 or progress >= 1:
+                row |= self._validate()
+                self.save()
+                self.spent_s = spent_before + monotonic() - began
+            run_log.write(row)
+            row_step, row_s = self.step, self.spent_s

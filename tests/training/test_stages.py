@@ -15,8 +15,9 @@ from export.data.clips import SEGMENT, Clip
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan, Widths
 from export.network.frames import frames_from_window
+from export.training.config import Config
 from export.training.grow import grow
-from export.training.trainer import EMA_FILE, Trainer, TrainOptions
+from export.training.trainer import EMA_FILE, Trainer
 
 STEPS = 4
 
@@ -38,12 +39,12 @@ def teacher() -> MstGan:
     return shake(MstGan(TINY))
 
 
-def options(**changes: object) -> TrainOptions:
+def config(**changes: object) -> Config:
     small = {
         "widths": TINY.name, "steps": STEPS, "batch": 2, "patch": 64, "warmup": 1, "validate_every": 2,
         "bf16": False,
     }  # fmt: skip
-    return TrainOptions(**{**small, **changes})
+    return Config(**{**small, **changes})
 
 
 @pytest.mark.parametrize(
@@ -67,8 +68,8 @@ def test_a_grown_network_answers_as_before(widths: Widths) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_grew_learns(clip: Clip, tmp_path: Path) -> None:
-    trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", shake(MstGan(LIGHT)))
+def test_a_grown_network_trains_what_is_new(clip: Clip, tmp_path: Path) -> None:
+    trainer = Trainer(config(), [clip], [], [clip], tmp_path / "run", shake(MstGan(LIGHT)))
     assert not trainer.network.generator.join.weight[:, LIGHT.detail :].any()
     trainer.train_step(trainer.sampler.batch(0, 2))
     assert trainer.network.generator.join.weight[:, LIGHT.detail :].any()
@@ -81,8 +82,8 @@ def test_a_network_does_not_shrink() -> None:
 
 @pytest.mark.parametrize("widths", [TINY.name, LIGHT.name])
 def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path, widths: str) -> None:
-    o = options(steps=1000, widths=widths, lr=2e-3, teacher_weight=10.0)
-    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
+    o = config(steps=1000, widths=widths, lr=2e-3, teacher_weight=10.0)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     batch = trainer.sampler.batch(0, 2)
     distances = [trainer.train_step(batch)["teacher"] for _ in range(40)]
@@ -90,10 +91,10 @@ def test_student_nears_its_teacher(clip: Clip, teacher: MstGan, tmp_path: Path, 
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
-def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+def test_the_distance_to_the_teacher_is_weighted(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
     def total(weight: float) -> tuple[float, float]:
-        o = options(teacher_weight=weight, hint_weight=0.0)
-        trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
+        o = config(teacher_weight=weight, feature_weight=0.0)
+        trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
         loss, parts = trainer.loss(trainer.sampler.batch(0, 2))
         return loss.item(), float(parts["teacher"])
 
@@ -102,34 +103,34 @@ def test_distance_to_the_teacher_is_weighed(clip: Clip, teacher: MstGan, tmp_pat
     assert both - alone == pytest.approx(3 * distance, rel=1e-3)
 
 
-def test_features_guide_through_converters_of_their_own(
+def test_features_are_compared_through_adapters(
     clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slim = replace(TINY, name="slim", laterals=(8, 8, 8, 8), detail=8)
     monkeypatch.setitem(WIDTHS, slim.name, slim)
-    o = options(steps=1000, widths=slim.name, lr=2e-3, teacher_weight=3.0, hint_weight=1.0)
-    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
+    o = config(steps=1000, widths=slim.name, lr=2e-3, teacher_weight=3.0, feature_weight=1.0)
+    trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
     batch = trainer.sampler.batch(0, 2)
-    hints = [trainer.train_step(batch)["hints"] for _ in range(30)]
-    assert hints[-1] < 0.9 * hints[0]
+    of_features = [trainer.train_step(batch)["features"] for _ in range(30)]
+    assert of_features[-1] < 0.9 * of_features[0]
     trainer.save()
-    again = Trainer(o, [clip], [], [clip], tmp_path / "run", None, [teacher])
-    expected, found = (t.imitation.adapters.state_dict() for t in (trainer, again) if t.imitation)
+    again = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
+    expected, found = (t.distillation.adapters.state_dict() for t in (trainer, again) if t.distillation)
     assert expected
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert load_checkpoint(tmp_path / "run" / EMA_FILE).widths == slim  # converters are not served
+    assert load_checkpoint(tmp_path / "run" / EMA_FILE).widths == slim  # adapters are not served
 
 
 def test_a_network_is_its_own_perfect_teacher(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
-    trainer = Trainer(options(), [clip], [], [clip], tmp_path / "run", teacher, [teacher])
+    trainer = Trainer(config(), [clip], [], [clip], tmp_path / "run", teacher, teacher)
     _, parts = trainer.loss(trainer.sampler.batch(0, 2))
     assert float(parts["teacher"]) == pytest.approx(1e-3, abs=1e-6)  # Charbonnier of nothing
-    assert parts["hints"] < 1e-5
+    assert parts["features"] < 1e-5
 
 
-def test_flicker_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
+def test_flicker_is_weighted(clip: Clip, teacher: MstGan, tmp_path: Path) -> None:
     def total(weight: float) -> tuple[float, dict[str, torch.Tensor]]:
-        o = options(temporal_weight=weight)
+        o = config(temporal_weight=weight)
         trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", teacher)
         loss, parts = trainer.loss(trainer.sampler.batch(0, 2, length=5))
         return loss.item(), parts
@@ -137,7 +138,7 @@ def test_flicker_is_weighed(clip: Clip, teacher: MstGan, tmp_path: Path) -> None
     (little, parts), (more, _) = total(1.0), total(3.0)
     assert parts["temporal"] > 1e-3
     assert more - little == pytest.approx(2 * float(parts["temporal"]), rel=1e-3)
-    trainer = Trainer(options(temporal_weight=1.0), [clip], [], [clip], tmp_path / "trained", teacher)
+    trainer = Trainer(config(temporal_weight=1.0), [clip], [], [clip], tmp_path / "trained", teacher)
     trainer.run()
     assert trainer.step == STEPS
 
@@ -146,10 +147,10 @@ def test_resumed_student_equals_an_unbroken_one(
     clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.training.trainer.LOG_EVERY", 2)
-    o = options()
+    o = config()
 
     def trainer(name: str) -> Trainer:
-        return Trainer(o, [clip], [], [clip], tmp_path / name, None, [teacher])
+        return Trainer(o, [clip], [], [clip], tmp_path / name, None, teacher)
 
     trainer("whole").run()
     stopped = trainer("parts")
@@ -167,7 +168,7 @@ def test_resumed_student_equals_an_unbroken_one(
 
 def test_full_disk_keeps_what_was_saved(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    trainer = Trainer(options(), [clip], [], [clip], out)
+    trainer = Trainer(config(), [clip], [], [clip], out)
     trainer.save()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     trainer.train_step(trainer.sampler.batch(0, 2))
@@ -187,17 +188,17 @@ def test_run_with_a_teacher_does_not_go_on_without(
 ) -> None:
     slim = replace(TINY, name="slim", detail=8)
     monkeypatch.setitem(WIDTHS, slim.name, slim)
-    o = options(widths=slim.name)
-    Trainer(o, [clip], [], [clip], tmp_path, None, [teacher]).save()
+    o = config(widths=slim.name)
+    Trainer(o, [clip], [], [clip], tmp_path, None, teacher).save()
     with pytest.raises(ExportError, match=r"expected .* trained tensors, found \d+: it had another teacher"):
         Trainer(o, [clip], [], [clip], tmp_path)
 
 
 def test_state_of_an_older_version_is_refused(clip: Clip, tmp_path: Path) -> None:
-    trainer = Trainer(options(), [clip], [], [clip], tmp_path)
+    trainer = Trainer(config(), [clip], [], [clip], tmp_path)
     trainer.save()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     del state["optimizer_name"]  # they had Adam alone
     torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(ExportError, match=r"expected .* of the optimiser 'muon', found .an older version's"):
-        Trainer(options(), [clip], [], [clip], tmp_path)
+    with pytest.raises(ExportError, match=r"expected .* of the optimizer 'muon', found .an older version's"):
+        Trainer(config(), [clip], [], [clip], tmp_path)

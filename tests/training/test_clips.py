@@ -7,21 +7,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
+from made_up_footage import write_sequence, write_video
 from PIL import Image
 
-from export.data.clips import SEGMENT, Clip, load_folder
+from export.data.clips import SEGMENT, load_clip, load_folder, truth_factor
 from export.data.sample import sample_clip
-from export.data.windows import WindowSampler
 from export.errors import ExportError
-from export.training.held import HeldFootage
-
-
-def write_sequence(folder: Path, frames: np.ndarray, suffix: str = "png") -> Path:
-    folder.mkdir()
-    for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / f"frame{index}.{suffix}")
-    return folder
 
 
 @pytest.fixture
@@ -79,47 +70,54 @@ def test_loose_images_are_told_where_to_go(tmp_path: Path, frames: np.ndarray) -
         load_folder(folder, tmp_path / "cache", min_side=64)
 
 
-def noise_clip(name: str, frames: int, side: int) -> Clip:
-    rng = np.random.default_rng(len(name))
-    return Clip(name, rng.integers(0, 255, (3, frames, side, side + 16, 3), dtype=np.uint8))
+def test_decoding(footage: Path, tmp_path: Path, moving: np.ndarray) -> None:
+    clip = load_clip(footage / "a.mp4", tmp_path, min_side=64)
+    assert clip.segments.shape[1:] == (SEGMENT, 160, 240, 3)
+    truth = moving[:SEGMENT].reshape(SEGMENT, 160, 2, 240, 2, 3).mean((2, 4))  # area average
+    assert (
+        np.abs(clip.segments[0].astype(float) - truth).mean() < 2
+    )  # 3.3 when chroma is shared by neighbours
+    (stored,) = tmp_path.iterdir()
+    again = load_clip(footage / "a.mp4", tmp_path, min_side=64)
+    assert np.array_equal(clip.segments, again.segments)
+    assert list(tmp_path.iterdir()) == [stored]
 
 
-def test_held_footage_gives_the_same_batches() -> None:
-    """Mirrored, turned, reversed, at both strides, and photos under a camera: all by where to look."""
-    clips, photos = [noise_clip("a", 7, 80), noise_clip("bb", 7, 96)], [noise_clip("p", 1, 160)]
-    sampler = WindowSampler(clips, photos, patch=64, photo_share=0.3, seed=3)
-    held = HeldFootage(sampler, torch.device("cpu"))
-    for length in (3, 5):
-        for step in range(12):
-            located = held.locate(sampler.draw(step, 7, length), length)
-            for a, b in zip(sampler.batch(step, 7, length), held.cut(located), strict=True):
-                torch.testing.assert_close(a, b, equal_nan=True)
+def test_no_segment_crosses_a_cut(tmp_path: Path, moving: np.ndarray) -> None:
+    frames = np.concatenate([moving[:10] // 4, 255 - moving[:10] // 4])
+    clip = load_clip(write_video(tmp_path / "cut.mp4", frames), tmp_path / "cache", min_side=64)
+    means = clip.segments.mean((2, 3, 4))
+    assert len(clip.segments) > 2
+    assert np.ptp(means, axis=1).max() < 30
+    assert np.ptp(means) > 100  # both shots are there
 
 
-@pytest.mark.parametrize(("share", "counts"), [(0, {0}), (0.3, {2, 3}), (1, {7})])
-def test_what_is_drawn_has_few_shapes(share: float, counts: set[int]) -> None:
-    """A GPU records a step for each."""
-    sampler = WindowSampler(
-        [noise_clip("a", 7, 80)], [noise_clip("p", 1, 160)], patch=64, photo_share=share, seed=3
-    )
-    held = HeldFootage(sampler, torch.device("cpu"))
-    found = [held.locate(sampler.draw(step, 7), 3) for step in range(50)]
-    assert {len(located.photos) for located in found} == counts
-    assert np.mean([len(located.photos) for located in found]) == pytest.approx(7 * share, abs=0.3)
-    assert held.cut(found[0]).hr_windows.shape == (7, 3, 3, 64, 64)
+@pytest.mark.parametrize(("side", "factor"), [(180, 2), (480, 2), (720, 2), (1080, 2), (2160, 4), (4320, 8)])
+def test_truth_factor(side: int, factor: int) -> None:
+    assert truth_factor(side) == factor
 
 
-def test_of_a_few_crops_the_sharpest_is_taken() -> None:
-    """More than half of the picture is flat; of four tries one nearly always finds the rest."""
-    segments = noise_clip("half", 7, 128).segments.copy()
-    segments[:, :, :, :72] = 90
-    sampler = WindowSampler([Clip("half", segments)], [], patch=32, photo_share=0, seed=0)
-    deviations = sampler.batch(0, 64).hr_windows[:, 1].std((1, 2, 3)) * 255
-    assert (deviations > 6).float().mean() > 0.9  # about two thirds without
+def test_unusable_files_are_named_and_skipped(
+    footage: Path, tmp_path: Path, moving: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "good.mp4").write_bytes((footage / "a.mp4").read_bytes())
+    (tmp_path / "text.mp4").write_text("not a video")
+    write_video(tmp_path / "short.mp4", moving[:1])
+    write_video(tmp_path / "small.mp4", moving[:, :64, :64])
+    with caplog.at_level("INFO", "export"):
+        clips = load_folder(tmp_path, tmp_path / "cache", min_side=96)
+    assert [clip.name for clip in clips] == ["good.mp4"]
+    for message in (
+        "text.mp4: not decodable",
+        "short.mp4: expected at least 7 frames, found 1",
+        "small.mp4: expected at least 96 pixels a side, found 32x32",
+        "1 files used, 3 skipped",
+    ):
+        assert message in caplog.text
 
 
-def test_footage_larger_than_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    sampler = WindowSampler([noise_clip("a", 7, 80)], [], patch=64, photo_share=0, seed=0)
-    with pytest.raises(ExportError, match=r"expected footage of at most 0\.0 GB to hold on cuda, found"):
-        HeldFootage(sampler, torch.device("cuda"))
+def test_folder_without_footage(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="found none among 0 files"):
+        load_folder(tmp_path, tmp_path, min_side=64)
+    with pytest.raises(ExportError, match="expected a folder of clips"):
+        load_folder(tmp_path / "missing", tmp_path, min_side=64)

@@ -1,56 +1,19 @@
-"""A teacher that sees every window another way round, and the mean of several networks."""
+"""The mean of several networks' weights."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from click.testing import CliRunner
 from safetensors import safe_open
-from tiny_network import LIGHT, TINY, frames_of, shake
+from tiny_network import LIGHT, TINY, shake
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
 from export.network import WIDTHS, MstGan
-from export.training.commands import PIXEL_LOSS_NAMES
-from export.training.imitation import Imitation
-from export.training.losses import LUMA_WEIGHT, PIXEL_LOSSES, SQUARED_WEIGHT, luminous, mixed
 
 pytestmark = pytest.mark.usefixtures("tiny_widths")
-
-
-def test_what_a_turned_teacher_answers_is_turned_back() -> None:
-    """Untrained it answers bicubic, which does not depend on the view."""
-    imitation, frames = Imitation([MstGan(LIGHT)], LIGHT, turned=True), frames_of(16)
-    plain, features = Imitation([MstGan(LIGHT)], LIGHT).taught(frames, bf16=False)
-    answer, none = imitation.taught(frames, bf16=False)
-    assert features is not None
-    assert none is None
-    assert torch.allclose(answer, plain, atol=1e-4)
-    assert imitation.distances(plain, features, (answer, none))[1] == 0
-
-
-def test_a_turned_teacher_sees_all_views() -> None:
-    torch.manual_seed(0)
-    imitation = Imitation([shake(MstGan(LIGHT))], LIGHT, turned=True)
-    answers, _ = imitation.taught(frames_of(1).expand(160, -1, -1, -1, -1), bf16=False)
-    views: list[torch.Tensor] = []
-    for answer in answers:
-        if all((answer - view).abs().max() > 1e-4 for view in views):
-            views.append(answer)
-    assert len(views) == 16
-
-
-def test_pixel_losses_differ_in_what_they_make_of_an_error() -> None:
-    truth, off = torch.zeros(1, 48, 8, 8), torch.full((1, 48, 8, 8), 0.1)
-    assert tuple(PIXEL_LOSSES) == PIXEL_LOSS_NAMES
-    assert PIXEL_LOSSES["charbonnier"](off, truth) == pytest.approx(0.1, rel=1e-3)
-    assert PIXEL_LOSSES["squared"](off, truth) == pytest.approx(0.01)
-    assert mixed(off, truth) == pytest.approx(0.1 + SQUARED_WEIGHT * 0.01, rel=1e-3)
-    assert luminous(off, truth) == pytest.approx(0.1 + LUMA_WEIGHT * 0.01, rel=1e-3)
-    green = F.pad(off[:, 16:32], (0, 0, 0, 0, 16, 16))  # sub-pixels of one colour are neighbours
-    assert luminous(green, truth) == pytest.approx(0.1 / 3 + LUMA_WEIGHT * 0.01 * 0.587**2, rel=2e-2)
 
 
 def saved(path: Path, seed: int, widths: str = TINY.name) -> MstGan:

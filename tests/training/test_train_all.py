@@ -1,6 +1,7 @@
-"""The whole recipe at toy scale: every stage in order, all checkpoints, stopped and gone on with."""
+"""The recipe of all checkpoints at toy scale: every stage in order, stopped and resumed."""
 
 import json
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +13,22 @@ import torch.nn.functional as F
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
-from tiny_network import LIGHT, TINY, export_single_image
-from torch import nn
+from tiny_network import LIGHT, TINY
 
 from export.__main__ import main
+from export.checkpoint import FOLDER as CHECKPOINTS
 from export.checkpoint import load_checkpoint
 from export.data.clips import SEGMENT
 from export.metrics.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.network import WIDTHS
+from export.training.config import read_recipe
 from export.training.perceptual import DistilledVgg
-from export.training.recipe import RESERVE, STAGES, planned
+from export.training.train_all import RESERVE, read_stages
 from export.training.trainer import Trainer
 
 WIDE = replace(TINY, name="baseline", detail_inner=(16,), context_inner=16)
 STEPS = 2
-STAGES_BY_NAME = {stage.name: stage for stage in STAGES}
+STAGES = read_stages(read_recipe("all"), {}, "all")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """Footage of two moving pictures, one held back, and random weights in the published layouts."""
+    """Clips of two moving pictures, one to validate on, and random weights in the published layouts."""
     torch.manual_seed(0)
     for name in ("learned", "held_back"):
         picture = F.interpolate(torch.rand(1, 3, 8, 10), scale_factor=16, mode="bicubic")[0].clamp(0, 1)
@@ -58,39 +60,36 @@ def workplace(tmp_path: Path) -> Path:
     torch.save({f"lin{i}.model.1.weight": h + 1 for i, h in enumerate(lpips.heads)}, tmp_path / HEADS_FILE)
     vgg = {name.removeprefix("convs."): value for name, value in DistilledVgg().state_dict().items()}
     torch.save({"model": vgg}, tmp_path / "vgg.pth")
-    export_single_image(nn.Sequential(nn.Conv2d(3, 48, 1), nn.PixelShuffle(4)), tmp_path / "single.pt2")
     return tmp_path
 
 
-def train_all(folder: Path) -> Result:
+def train_all(folder: Path, *more: object) -> Result:
     arguments = [
-        "train-all", "--drawings", 1, "--clips", folder / "clips", "--validation", folder / "held_back.txt",
+        "train-all", "--line-art", 1, "--clips", folder / "clips", "--validation", folder / "held_back.txt",
         "--cache", folder / "cache", "--out", folder / "out", "--perceptual", folder / "vgg.pth",
-        "--weights", folder, "--teacher", folder / "single.pt2", "--minutes", 600,
-        "--steps", STEPS, "--batch", 3, "--patch", 64,
+        "--weights", folder, "--minutes", 600, "--steps", STEPS, "--batch", 3, "--patch", 64, *more,
     ]  # fmt: skip
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 def test_stages_share_the_time_in_a_possible_order() -> None:
-    assert [stage.name for stage in planned()] == [stage.name for stage in STAGES]
-    assert sum(stage.share for stage in planned()) == pytest.approx(1 - RESERVE)
-    made = set()
-    for stage in STAGES:  # nothing is asked for before it is there
-        assert {stage.start, stage.teacher} <= made | {None}
-        made.add(stage.name)
+    assert sum(stage.share for stage in STAGES) == pytest.approx(1 - RESERVE)
+    delivered = {stage.deliver for stage in STAGES} - {None}
+    assert delivered == {path.stem for path in CHECKPOINTS.glob("*.safetensors")}
+    for stage in STAGES:
+        assert stage.config.widths in WIDTHS
 
 
-def test_recipe_is_stopped_and_gone_on_with(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at: list[tuple[str, int]] = [("pruned", 1)]
+def test_a_recipe_is_stopped_and_resumed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at: list[tuple[str, int]] = [("pruned", 0)]
     steps: Counter[str] = Counter()
     real = Trainer.train_step
 
-    def train_step(trainer: Trainer, batch: object) -> dict[str, float]:
+    def train_step(trainer: Trainer, hr_windows: torch.Tensor) -> dict[str, float]:
         if (trainer.out.name, trainer.step) in stop_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         steps[trainer.out.name] += 1
-        return real(trainer, batch)  # type: ignore[arg-type]
+        return real(trainer, hr_windows)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     result = train_all(workplace)
@@ -103,20 +102,40 @@ def test_recipe_is_stopped_and_gone_on_with(workplace: Path, monkeypatch: pytest
     assert result.exit_code == 0, result.output
     assert steps == {stage.name: STEPS for stage in STAGES}
     for stage in STAGES:
-        if stage.delivers:
-            path = workplace / "out" / f"{stage.delivers}.safetensors"
-            assert load_checkpoint(path).widths.name == stage.widths
+        if stage.deliver:
+            path = workplace / "out" / f"{stage.deliver}.safetensors"
+            assert load_checkpoint(path).widths.name == stage.config.widths
             assert str(path) in result.output
             with safe_open(path, "pt") as file:
-                teachers = json.loads(file.metadata()["recipe"])["teachers"]
-            own = [STAGES_BY_NAME[stage.teacher].widths] if stage.teacher else []
-            assert teachers == ([] if stage.objective == "adversarial" else [*own, "single"])
+                recipe = json.loads(file.metadata()["recipe"])
+            assert recipe["teacher"] == stage.config.teacher
+            assert recipe["minutes"] == pytest.approx(600 * stage.share)
     kept = (workplace / "out" / "mst_gan_pruned.safetensors").read_bytes()
 
     result = train_all(workplace)
     assert result.exit_code == 0, result.output
     assert steps == {stage.name: STEPS for stage in STAGES}
     assert (workplace / "out" / "mst_gan_pruned.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = 1e-3", "expected [[stages]] in recipe"),
+        ("[[stages]]\nshare = 1", "expected a name of stage 1 of recipe"),
+        ('[[stages]]\nname = "a"\nshare = "half"', "expected a share of stage a of recipe"),
+        ('[[stages]]\nname = "a"\nshare = 1\ninit = "b"', "expected init of stage a of recipe"),
+        ('[[stages]]\nname = "a"\nshare = 1\nwidths = "huge"', "expected widths of stage a of recipe"),
+        ('[[stages]]\nname = "a"\nshare = 1\nstart = "b"', "found 'start'; they are"),
+        ('[[stages]]\nname = "a"\nshare = 1\nlr = "fast"', "expected lr in stage a of recipe"),
+    ],
+)
+def test_faults_of_a_recipe_are_one_line(text: str, message: str, workplace: Path) -> None:
+    (workplace / "mine.toml").write_text(text)
+    result = train_all(workplace, "--recipe", workplace / "mine.toml")
+    assert result.exit_code == 1
+    assert message in result.output
+    assert result.output.strip().count("\n") == 0
 
 
 def test_nothing_is_trained_before_all_is_there(workplace: Path) -> None:

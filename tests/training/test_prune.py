@@ -21,11 +21,12 @@ from export.checkpoint import load_checkpoint, save_checkpoint
 from export.data.clips import Clip
 from export.errors import ExportError
 from export.network import BASELINE, PRUNED, WIDTHS, MstGan, count
+from export.training.config import Config
 from export.training.prune import Group, SparseTrainer, find_groups, finish, prune, shrink_, taylor
-from export.training.trainer import Trainer, TrainOptions
+from export.training.trainer import Trainer
 
 WIDE = replace(
-    TINY, name="wide", flow=16, encoder_inner=(12, 16, 20, 24),
+    TINY, name="wide", encoder_inner=(12, 16, 20, 24),
     context_inner=16, detail_inner=(12,), up=16,
 )  # fmt: skip
 PLANTED = 5
@@ -55,15 +56,15 @@ def sparse_trainer(out: Path, init: MstGan, sparsity: float = 0.1, **changes: ob
         "widths": WIDE.name, "steps": 4, "batch": 2, "patch": 64, "warmup": 1, "bf16": False,
     }  # fmt: skip
     clip = Clip("clip", moving(0)[None])
-    options = TrainOptions(**{**small, **changes})
-    return SparseTrainer(find_groups(WIDE, TINY), sparsity, options, [clip], [], [clip], out, init)
+    config = Config(**{**small, "sparsity": sparsity, **changes})  # type: ignore[arg-type]
+    return SparseTrainer(find_groups(WIDE, TINY), config, [clip], [], [clip], out, init)
 
 
-def answers(network: MstGan) -> tuple[Tensor, Tensor]:
-    """Flow and sub-pixels of a random window."""
+def answer(network: MstGan) -> Tensor:
+    """Sub-pixels of a random window."""
     frames = torch.rand(1, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     flow, aligned, _ = network.flow_align.align(frames)
-    return flow, network.generator.generate(frames, flow, aligned)
+    return network.generator.generate(frames, flow, aligned)
 
 
 @contextmanager
@@ -82,15 +83,14 @@ def gated(network: MstGan, gates: dict[str, Tensor]) -> Iterator[None]:
 
 def random_importance(groups: list[Group]) -> dict[str, Tensor]:
     torch.manual_seed(2)
-    return {group.maker: torch.rand(group.channels) for group in groups}
+    return {group.producer: torch.rand(group.channels) for group in groups}
 
 
 def test_every_kind_of_layer_is_a_group() -> None:
-    groups = {group.maker: group for group in find_groups(WIDE, TINY)}
-    assert len(groups) == 3 + 4 * 2 + 1 + 1 + 1
+    groups = {group.producer: group for group in find_groups(WIDE, TINY)}
+    assert len(groups) == 4 * 2 + 1 + 1 + 1
     up = groups["generator.up2"]
-    assert (up.reader, up.channels, up.kept, up.rows) == ("generator.up1", 16, 8, 4)
-    assert groups["flow_align.refine.hidden.4"].reader == "flow_align.refine.residual"
+    assert (up.consumer, up.channels, up.kept, up.rows) == ("generator.up1", 16, 8, 4)
 
 
 def test_slicing_equals_masking(wide: MstGan) -> None:
@@ -98,20 +98,21 @@ def test_slicing_equals_masking(wide: MstGan) -> None:
     importance = random_importance(groups)
     pruned, report = prune(wide, TINY, importance)
     masks = {
-        group.reader: (importance[group.maker] >= importance[group.maker].sort().values[-group.kept]).float()
+        group.consumer: (
+            importance[group.producer] >= importance[group.producer].sort().values[-group.kept]
+        ).float()
         for group in groups
     }
     with torch.no_grad():
-        whole, cut = answers(wide), answers(pruned)
+        whole, cut = answer(wide), answer(pruned)
         with gated(wide, masks):
-            masked = answers(wide)
-    for a, b, c in zip(cut, masked, whole, strict=True):
-        assert (a - b).abs().max() < 3e-6
-        assert (b - c).abs().max() > 1e-4  # the channels that went had been at work
+            masked = answer(wide)
+    assert (cut - masked).abs().max() < 3e-6
+    assert (masked - whole).abs().max() > 1e-4  # the removed channels had an effect
     assert pruned.widths == TINY
     for layer, group in zip(report, groups, strict=True):
-        weighed = importance[group.maker].double()
-        assert (layer.layer, layer.channels, layer.kept) == (group.maker, group.channels, group.kept)
+        weighed = importance[group.producer].double()
+        assert (layer.layer, layer.channels, layer.kept) == (group.producer, group.channels, group.kept)
         assert layer.kept_importance == pytest.approx(
             (weighed.topk(group.kept).values.sum() / weighed.sum()).item()
         )
@@ -121,30 +122,30 @@ def test_slicing_equals_masking(wide: MstGan) -> None:
 def test_importance_is_the_slope_of_the_loss_along_a_channel(wide: MstGan) -> None:
     wide.requires_grad_(True)
     groups = find_groups(WIDE, TINY)
-    gates = {group.reader: torch.ones(group.channels, requires_grad=True) for group in groups}
+    gates = {group.consumer: torch.ones(group.channels, requires_grad=True) for group in groups}
     with gated(wide, gates):
-        flow, subpixels = answers(wide)
-    (flow.square().sum() + (subpixels - 0.5).square().sum()).backward()
+        subpixels = answer(wide)
+    (subpixels - 0.5).square().sum().backward()
     weights = dict(wide.named_parameters())
     gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
     for group in groups:
-        slope = gates[group.reader].grad
+        slope = gates[group.consumer].grad
         assert slope is not None
-        assert slope.abs().max() > 0, group.reader
+        assert slope.abs().max() > 0, group.consumer
         found = taylor(group, weights, gradients).detach()
-        assert (found - 2 * slope.abs()).abs().max() < 1e-3 * slope.abs().max(), group.reader
+        assert (found - 2 * slope.abs()).abs().max() < 1e-3 * slope.abs().max(), group.consumer
 
 
 def test_planted_channel_is_kept(wide: MstGan, tmp_path: Path) -> None:
     with torch.no_grad():
         for group in find_groups(WIDE, TINY):
-            columns = wide.get_parameter(f"{group.reader}.weight")
+            columns = wide.get_parameter(f"{group.consumer}.weight")
             planted = columns[:, PLANTED].clone()
             columns.mul_(1e-3)
             columns[:, PLANTED] = planted
             # Never off: a positive bias on all rows that the planted channel is made of.
             rows = slice(PLANTED * group.rows, (PLANTED + 1) * group.rows)
-            wide.get_parameter(f"{group.maker}.bias")[rows] = 0.5
+            wide.get_parameter(f"{group.producer}.bias")[rows] = 0.5
     trainer = sparse_trainer(tmp_path / "run", wide)
     trainer.train_step(trainer.sampler.batch(0, 2))
     for maker, weighed in trainer.importance.items():
@@ -223,7 +224,7 @@ def test_layers_without_importance_are_named(wide: MstGan, caplog: pytest.LogCap
         assert not caplog.text
         importance["generator.up2"].zero_()
         prune(wide, TINY, importance)
-    assert "1 layers, as generator.up2, have weighed nothing" in caplog.text
+    assert "1 layers, as generator.up2, have no importance" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_other_widths_are_refused(wide_widths: object, narrow_widths: object) ->
         find_groups(wide_widths, narrow_widths)  # type: ignore[arg-type]
 
 
-def test_resumed_run_weighs_as_an_unbroken_one(wide: MstGan, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_importance_of_an_unbroken_one(wide: MstGan, tmp_path: Path) -> None:
     whole = sparse_trainer(tmp_path / "whole", wide)
     whole.run()
     stopped = sparse_trainer(tmp_path / "parts", wide)
@@ -256,9 +257,9 @@ def test_resumed_run_weighs_as_an_unbroken_one(wide: MstGan, tmp_path: Path) -> 
         assert weighed.max() > 0
 
 
-def test_run_that_weighed_nothing_is_refused(wide: MstGan, tmp_path: Path) -> None:
+def test_a_run_without_importance_is_refused(wide: MstGan, tmp_path: Path) -> None:
     sparse = sparse_trainer(tmp_path / "unused", wide)
-    plain = Trainer(sparse.options, sparse.sampler.clips, [], sparse.validation, tmp_path / "run", wide)
+    plain = Trainer(sparse.config, sparse.sampler.clips, [], sparse.validation, tmp_path / "run", wide)
     plain.train_step(plain.sampler.batch(0, 2))
     plain.save()
     with pytest.raises(ExportError, match="found none that fits"):
@@ -277,9 +278,9 @@ def footage(tmp_path: Path) -> Path:
 
 def run_prune(checkpoint: Path, footage: Path, out: Path, *options: object) -> Result:
     arguments = [
-        "prune", "--drawings", 0, "--checkpoint", checkpoint, "--clips", footage,
+        "prune", "--line-art", 0, "--checkpoint", checkpoint, "--clips", footage,
         "--validation", footage.parent / "validation.txt", "--cache", footage.parent / "cache",
-        "--out", out, "--widths", TINY.name, "--steps", 2, "--batch", 1, "--patch", 64, "--fp32", *options,
+        "--out", out, "--prune-to", TINY.name, "--steps", 2, "--batch", 1, "--patch", 64, "--fp32", *options,
     ]  # fmt: skip
     return CliRunner().invoke(main, list(map(str, arguments)))
 
@@ -307,7 +308,7 @@ def test_prune_command(wide: MstGan, footage: Path, tmp_path: Path) -> None:
     trained = CliRunner().invoke(
         main,
         list(map(str, [
-            "train", "--drawings", 0, "--clips", footage, "--validation", footage.parent / "validation.txt",
+            "train", "--line-art", 0, "--clips", footage, "--validation", footage.parent / "validation.txt",
             "--cache", footage.parent / "cache", "--out", tmp_path / "tuned", "--widths", TINY.name,
             "--init", out, "--teacher", checkpoint, "--steps", 1, "--batch", 1, "--patch", 64, "--fp32",
         ])),
@@ -320,9 +321,9 @@ def test_bad_input_is_refused_in_one_line(wide: MstGan, footage: Path, tmp_path:
     save_checkpoint(MstGan(TINY), checkpoint, {})
     for options, message in (
         ((), "expected a checkpoint that holds more inner channels than the 'tiny' widths"),
-        (("--widths", "none"), "expected --widths to be one of"),
-        (("--steps", 0), "expected --steps of at least 1"),
-        (("--sparsity", -1), "--sparsity of at least 0"),
+        (("--prune-to", "none"), "expected --prune-to to be one of"),
+        (("--steps", 0), "expected steps in"),
+        (("--sparsity", -1), "expected sparsity in"),
         (("--patch", 60), "expected --patch to be a multiple of"),
         (("--out", tmp_path / "pruned.pt"), "expected --out to end in .safetensors"),
     ):

@@ -1,4 +1,4 @@
-"""Drawings that are trained on."""
+"""Synthetic line art that is trained on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
-from export.data import line_art as drawings
+from export.data import line_art
 from export.data.clips import Clip
 from export.data.line_art import CANVAS, MOTIFS, SIDE, draw, draw_all
 from export.data.windows import WindowSampler
@@ -22,7 +21,7 @@ def test_a_drawing_is_a_photo_and_always_the_same(tmp_path: Path, monkeypatch: p
     assert len({clip.segments.tobytes() for clip in few}) == 3
     assert np.array_equal(draw_all(2, tmp_path)[1].segments, few[1].segments)
     assert draw_all(0, tmp_path) == []
-    monkeypatch.setattr(drawings, "draw", None)  # what was drawn once is not drawn again
+    monkeypatch.setattr(line_art, "draw", None)  # what was drawn once is not drawn again
     assert np.array_equal(draw_all(3, tmp_path / "new")[2].segments, few[2].segments)
     assert not list(tmp_path.rglob("*.part"))
 
@@ -34,9 +33,9 @@ def test_drawings_have_their_share_however_many_they_are(tmp_path: Path) -> None
         drawn = [
             window.photo
             for step in range(40)
-            for window in WindowSampler(photos, stills, patch=64, photo_share=1.0, seed=0).draw(step, 10)[1]
+            for window in WindowSampler(photos, stills, patch=64, photo_share=1.0, seed=0).sample(step, 10)[1]
         ]
-        assert (np.array(drawn) >= 2).mean() == pytest.approx(drawings.SHARE, abs=0.08)
+        assert (np.array(drawn) >= 2).mean() == pytest.approx(line_art.SHARE, abs=0.08)
 
 
 def test_every_drawing_has_something_to_learn() -> None:
@@ -44,7 +43,7 @@ def test_every_drawing_has_something_to_learn() -> None:
 
 
 @pytest.mark.parametrize("motif", sorted(set(MOTIFS), key=lambda motif: motif.__name__))
-def test_every_motif_leaves_its_mark(motif: drawings.Motif) -> None:
+def test_every_motif_leaves_its_mark(motif: line_art.Motif) -> None:
     for seed in range(4):
         mask = Image.new("L", (CANVAS, CANVAS))
         motif(ImageDraw.Draw(mask), np.random.default_rng(seed))
@@ -53,7 +52,7 @@ def test_every_motif_leaves_its_mark(motif: drawings.Motif) -> None:
 
 
 def test_lines_are_smooth_edged_and_thin_ones_are_there() -> None:
-    """Edges pass through greys, as after a lens; the finest structure is a few pixels wide."""
+    """Edges pass through grays, as after a lens; the finest structure is a few pixels wide."""
     jumps = [np.abs(np.diff(draw(seed).astype(int), axis=1)).max() for seed in range(12)]
     assert max(jumps) > 60
     spectra = [np.abs(np.fft.rfft2(draw(seed).mean(2))) for seed in range(12)]
@@ -64,9 +63,7 @@ def test_lines_are_smooth_edged_and_thin_ones_are_there() -> None:
 def test_drawings_are_moved_as_photos_are_and_some_not_at_all(tmp_path: Path) -> None:
     stills = draw_all(2, tmp_path)
     batch = WindowSampler(stills, stills, patch=64, photo_share=1.0, seed=0).batch(0, 24)
-    assert batch.hr_windows.shape == (24, 3, 3, 64, 64)
-    before, centre, after = batch.hr_windows.unbind(1)
+    assert batch.shape == (24, 3, 3, 64, 64)
+    before, centre, after = batch.unbind(1)
     stands = (before == centre).flatten(1).all(1) & (after == centre).flatten(1).all(1)
     assert 2 <= stands.sum() <= 14  # of 24, at a share of 0.3
-    nowhere = torch.eye(3)[:2].expand(24, 2, 2, 3)
-    assert torch.equal((batch.motion - nowhere).abs().flatten(1).amax(1) < 1e-6, stands)

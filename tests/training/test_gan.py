@@ -17,12 +17,11 @@ from export.data.clips import SEGMENT, Clip
 from export.errors import ExportError
 from export.metrics.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.network import MstGan
-from export.training.adversarial import NOISE, Adversary
-from export.training.discriminator import Discriminator
-from export.training.evaluation import Instruments, Measures, Score
-from export.training.options import TrainOptions
+from export.training.best_checkpoint import BestCheckpoint, validation_crops
+from export.training.config import Config
+from export.training.evaluate import MetricConfig, Metrics, Score
+from export.training.gan import NOISE, AdversarialLoss, Discriminator
 from export.training.perceptual import DistilledVgg, load_distilled_vgg
-from export.training.selection import Selection, watched
 from export.training.trainer import BEST_FILE, Trainer
 
 STEPS = 4
@@ -53,20 +52,20 @@ def vgg() -> DistilledVgg:
 
 
 @pytest.fixture
-def instruments() -> Instruments:
+def metrics() -> MetricConfig:
     torch.manual_seed(4)
     lpips = Lpips().eval().requires_grad_(False)
     for head in lpips.heads:
         head.fill_(1.0)
-    return Instruments(lpips, flicker=True)
+    return MetricConfig(lpips, tof=True)
 
 
-def options(**changes: object) -> TrainOptions:
+def config(**changes: object) -> Config:
     small = {
         "objective": "adversarial", "widths": TINY.name, "steps": STEPS, "batch": 1, "patch": 64,
         "warmup": 1, "validate_every": 2, "bf16": False, "lr": 1e-4, "temporal_weight": 0.5,
     }  # fmt: skip
-    return TrainOptions(**{**small, **changes})
+    return Config(**{**small, **changes})
 
 
 def random_triplets(seed: int) -> torch.Tensor:
@@ -75,36 +74,36 @@ def random_triplets(seed: int) -> torch.Tensor:
 
 def test_discriminator_is_bounded_and_sees_time() -> None:
     torch.manual_seed(0)
-    judge = Discriminator()
+    discriminator = Discriminator()
     frames, bicubic = random_triplets(0), torch.rand(2, 3, 64, 64)
     for _ in range(20):
-        scores = judge(frames, bicubic)
+        scores = discriminator(frames, bicubic)
     assert scores.shape == (2, 1, 4, 4)
-    judge.eval()
-    for layer in judge.layers:
+    discriminator.eval()
+    for layer in discriminator.layers:
         norm = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
         assert float(norm) == pytest.approx(1, rel=0.2)
-    assert not torch.allclose(judge(frames, bicubic), judge(frames[:, [2, 1, 0]], bicubic))
-    assert not torch.allclose(judge(frames, bicubic), judge(frames, 1 - bicubic))
+    assert not torch.allclose(discriminator(frames, bicubic), discriminator(frames[:, [2, 1, 0]], bicubic))
+    assert not torch.allclose(discriminator(frames, bicubic), discriminator(frames, 1 - bicubic))
 
 
 def test_discriminator_learns_to_tell_and_the_generator_is_told() -> None:
     torch.manual_seed(0)
-    adversary = Adversary(options(adversarial_weight=2.0), None, CPU)
+    adversarial = AdversarialLoss(config(adversarial_weight=2.0), None, CPU)
     truth, lr = random_triplets(0), torch.rand(2, 3, 16, 16)
     answers = F.avg_pool2d(truth.flatten(0, 1), 5, 1, 2).view_as(truth).requires_grad_()
     losses = []
     for step in range(30):
-        total, parts = adversary.judge(answers, truth, lr, step, 0.5)
+        total, parts = adversarial.generator_loss(answers, truth, lr, step, 0.5)
         assert total.item() == pytest.approx(2 * float(parts["adversarial"]))
-        losses.append(float(adversary.learn(1e-3)))
+        losses.append(float(adversarial.discriminator_step(1e-3)))
     assert losses[-1] < 0.5 * losses[0]
-    total, _ = adversary.judge(answers, truth, lr, 30, 1.0)
+    total, _ = adversarial.generator_loss(answers, truth, lr, 30, 1.0)
     total.backward()
     assert answers.grad is not None
     # What the generator is told leaves the discriminator alone, and takes it nearer to the truth.
     with torch.no_grad():
-        better, _ = adversary.judge(answers - 10 * answers.grad, truth, lr, 30, 1.0)
+        better, _ = adversarial.generator_loss(answers - 10 * answers.grad, truth, lr, 30, 1.0)
     assert better < total
 
 
@@ -124,19 +123,19 @@ def test_spectral_norms_are_estimated_in_fp32() -> None:
 
 
 def test_noise_fades_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    adversary = Adversary(options(), None, CPU)
+    adversarial = AdversarialLoss(config(), None, CPU)
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(
-        adversary.discriminator, "forward", lambda x, _: seen.append(x) or x.mean((1, 2), keepdim=True)
+        adversarial.discriminator, "forward", lambda x, _: seen.append(x) or x.mean((1, 2), keepdim=True)
     )
     frames, lr = random_triplets(0), torch.rand(2, 3, 16, 16)
     for progress in (0.0, 0.5, 1.0, 1.2):
-        adversary.judge(frames, frames, lr, 0, progress)
+        adversarial.generator_loss(frames, frames, lr, 0, progress)
     sigmas = [float((x - frames).std()) for x in seen]
     assert sigmas == pytest.approx([NOISE, NOISE / 2, 0, 0], rel=0.05)
-    adversary.judge(frames, frames, lr, 1, 0.0)
+    adversarial.generator_loss(frames, frames, lr, 1, 0.0)
     assert not torch.equal(seen[-1], seen[0])
-    adversary.judge(frames, frames, lr, 0, 0.0)
+    adversarial.generator_loss(frames, frames, lr, 0, 0.0)
     assert torch.equal(seen[-1], seen[0])
 
 
@@ -182,40 +181,40 @@ def test_other_perceptual_files_are_refused(fault: str, vgg: DistilledVgg, tmp_p
 
 
 def test_the_best_is_the_lowest_lpips_among_the_allowed() -> None:
-    first = Measures(psnr_y_db=30.0, ssim_y=0.9, lpips=0.30, tof_px=0.20)
-    selection = Selection()
-    assert selection.admit(first, 0)
-    assert selection.admit(replace(first, psnr_y_db=29.0, lpips=0.25, tof_px=0.21), 1)
-    assert not selection.admit(replace(first, psnr_y_db=28.9, lpips=0.10), 2)  # loses more than 1 dB
-    assert not selection.admit(replace(first, lpips=0.10, tof_px=0.2101), 3)  # flickers
-    resumed = Selection()
-    resumed.load_state_dict(selection.state_dict())
-    assert resumed.best_step == 1
-    assert not resumed.admit(replace(first, lpips=0.26), 4)
-    assert resumed.admit(replace(first, lpips=0.24, psnr_y_db=29.5), 5)
-    assert resumed.best_step == 5
+    first = Metrics(psnr_db=30.0, ssim=0.9, lpips=0.30, tof_px=0.20)
+    best = BestCheckpoint()
+    assert best.is_best(first, 0)
+    assert best.is_best(replace(first, psnr_db=29.0, lpips=0.25, tof_px=0.21), 1)
+    assert not best.is_best(replace(first, psnr_db=28.9, lpips=0.10), 2)  # loses more than 1 dB
+    assert not best.is_best(replace(first, lpips=0.10, tof_px=0.2101), 3)  # flickers
+    resumed = BestCheckpoint()
+    resumed.load_state_dict(best.state_dict())
+    assert resumed.step == 1
+    assert not resumed.is_best(replace(first, lpips=0.26), 4)
+    assert resumed.is_best(replace(first, lpips=0.24, psnr_db=29.5), 5)
+    assert resumed.step == 5
     with pytest.raises(ExportError, match="expected LPIPS and tOF"):
-        resumed.admit(replace(first, tof_px=None), 6)
+        resumed.is_best(replace(first, tof_px=None), 6)
 
 
-def test_centres_are_watched() -> None:
+def test_validation_is_on_the_centers() -> None:
     frames = np.arange(400 * 300).reshape(1, 1, 400, 300, 1)
-    (centre,) = watched([Clip("large", frames)])
-    assert centre.segments.shape == (1, 1, 256, 256, 1)
-    assert centre.segments[0, 0, 0, 0] == frames[0, 0, 72, 22]
-    (small,) = watched([Clip("small", frames[:, :, :96, :112])])
+    (center,) = validation_crops([Clip("large", frames)])
+    assert center.segments.shape == (1, 1, 256, 256, 1)
+    assert center.segments[0, 0, 0, 0] == frames[0, 0, 72, 22]
+    (small,) = validation_crops([Clip("small", frames[:, :, :96, :112])])
     assert small.segments.shape == (1, 1, 96, 112, 1)
 
 
 def test_resumed_adversarial_run_equals_an_unbroken_one(
-    clip: Clip, start: MstGan, vgg: DistilledVgg, instruments: Instruments, tmp_path: Path,
+    clip: Clip, start: MstGan, vgg: DistilledVgg, metrics: MetricConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("export.training.trainer.LOG_EVERY", 2)
 
     def trainer(name: str) -> Trainer:
         out = tmp_path / name
-        return Trainer(options(), [clip], [], [clip], out, start, perceptual=vgg, instruments=instruments)
+        return Trainer(config(), [clip], [], [clip], out, start, perceptual=vgg, metrics=metrics)
 
     trainer("whole").run()
     stopped = trainer("parts")
@@ -226,7 +225,7 @@ def test_resumed_adversarial_run_equals_an_unbroken_one(
     whole, parts = (
         torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")
     )
-    for kind in (("ema",), ("network",), ("adversary", "discriminator")):
+    for kind in (("ema",), ("network",), ("adversarial", "discriminator")):
         a, b = whole, parts
         for key in kind:
             a, b = a[key], b[key]
@@ -235,19 +234,19 @@ def test_resumed_adversarial_run_equals_an_unbroken_one(
     assert [row["step"] for row in rows] == ["0", "2", "4"]
     for row in rows:
         assert float(row["lpips"]) > 0 and float(row["tof_px"]) >= 0
-    for column in ("pixel", "flow", "temporal", "perceptual", "adversarial", "discriminator"):
+    for column in ("pixel", "temporal", "perceptual", "adversarial", "discriminator"):
         assert np.isfinite(float(rows[-1][column])), column
     assert load_checkpoint(tmp_path / "whole" / BEST_FILE).widths == TINY
 
 
 def test_bf16_changes_the_losses_little(
-    clip: Clip, start: MstGan, vgg: DistilledVgg, instruments: Instruments, tmp_path: Path
+    clip: Clip, start: MstGan, vgg: DistilledVgg, metrics: MetricConfig, tmp_path: Path
 ) -> None:
     def parts(*, bf16: bool) -> dict[str, float]:
         torch.manual_seed(0)
         trainer = Trainer(
-            options(bf16=bf16), [clip], [], [clip], tmp_path / str(bf16), start, perceptual=vgg,
-            instruments=instruments,
+            config(bf16=bf16), [clip], [], [clip], tmp_path / str(bf16), start, perceptual=vgg,
+            metrics=metrics,
         )  # fmt: skip
         return trainer.train_step(trainer.sampler.batch(0, 1, length=5))
 
@@ -258,15 +257,15 @@ def test_bf16_changes_the_losses_little(
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_best_checkpoint_is_not_the_last(
-    best: int, clip: Clip, start: MstGan, instruments: Instruments, tmp_path: Path,
+    best: int, clip: Clip, start: MstGan, metrics: MetricConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("export.training.trainer.LOG_EVERY", 1)
     lpips = iter([0.30, 0.20, 0.25, 0.24, 0.22] if best else [0.19, 0.20, 0.25, 0.24, 0.22])
 
     def score(trainer: Trainer) -> Score:
-        found = Measures(psnr_y_db=30.0, ssim_y=0.9, lpips=next(lpips), tof_px=0.2)
-        return Score("mean", 5, found, found, 30.0)
+        found = Metrics(psnr_db=30.0, ssim=0.9, lpips=next(lpips), tof_px=0.2)
+        return Score("mean", 5, found, found)
 
     kept: dict[int, bytes] = {}
     real_save = Trainer.save
@@ -277,8 +276,8 @@ def test_best_checkpoint_is_not_the_last(
 
     monkeypatch.setattr(Trainer, "score", score)
     monkeypatch.setattr(Trainer, "save", save)
-    o = options(validate_every=1, ema=0.0, perceptual_weight=0.0)
-    Trainer(o, [clip], [], [clip], tmp_path, start, instruments=instruments).run()
+    o = config(validate_every=1, ema=0.0, perceptual_weight=0.0)
+    Trainer(o, [clip], [], [clip], tmp_path, start, metrics=metrics).run()
     found = load_checkpoint(tmp_path / BEST_FILE).state_dict()
     save_checkpoint(start, tmp_path / "0.safetensors", {})
     for step, data in kept.items():
@@ -290,27 +289,27 @@ def test_best_checkpoint_is_not_the_last(
 
 
 def test_run_of_another_objective_is_refused(clip: Clip, start: MstGan, tmp_path: Path) -> None:
-    Trainer(options(objective="fidelity"), [clip], [], [clip], tmp_path, start).save()
+    Trainer(config(objective="fidelity"), [clip], [], [clip], tmp_path, start).save()
     with pytest.raises(ExportError, match="to hold an adversarial run, found one of another objective"):
-        Trainer(options(), [clip], [], [clip], tmp_path, start)
+        Trainer(config(), [clip], [], [clip], tmp_path, start)
 
 
 def train(folder: Path, *more: object) -> Result:
     (folder / "held_back.txt").write_text("a.mp4\n")
     arguments = [
         "train", "--clips", folder, "--validation", folder / "held_back.txt", "--out", folder / "run",
-        "--drawings", 1, "--widths", TINY.name, "--patch", 64, *more,
+        "--line-art", 1, "--widths", TINY.name, "--patch", 64, *more,
     ]  # fmt: skip
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 def test_command_says_what_an_adversarial_run_needs(
-    start: MstGan, instruments: Instruments, tmp_path: Path
+    start: MstGan, metrics: MetricConfig, tmp_path: Path
 ) -> None:
-    assert instruments.lpips is not None
+    assert metrics.lpips is not None
     save_checkpoint(start, tmp_path / "start.safetensors", {})
-    torch.save(instruments.lpips.backbone.state_dict(), tmp_path / BACKBONE_FILE)
-    heads = {f"lin{i}.model.1.weight": head for i, head in enumerate(instruments.lpips.heads)}
+    torch.save(metrics.lpips.backbone.state_dict(), tmp_path / BACKBONE_FILE)
+    heads = {f"lin{i}.model.1.weight": head for i, head in enumerate(metrics.lpips.heads)}
     torch.save(heads, tmp_path / HEADS_FILE)
     adversarial = ("--objective", "adversarial")
     init = ("--init", tmp_path / "start.safetensors")

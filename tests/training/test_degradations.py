@@ -8,10 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from export.data.degradations import DEGRADATIONS, degrade
+from export.data.degradations import DEGRADATIONS, bi, degrade
 from export.data.sample import sample_clip
 from export.errors import ExportError
 from export.metrics.psnr_ssim import psnr_y
@@ -54,6 +55,13 @@ def matlab_imresize(image: np.ndarray, scale: float) -> np.ndarray:
 
 def as_frames(images: Tensor) -> np.ndarray:
     return (images * 255).round().byte().movedim(-3, -1).numpy()
+
+
+def test_bi_equals_pillow() -> None:
+    picture = np.random.default_rng(0).random((64, 96), dtype=np.float32)
+    expected = Image.fromarray(picture, mode="F").resize((24, 16), Image.Resampling.BICUBIC)
+    ours = bi(torch.from_numpy(picture).expand(1, 3, -1, -1))[0, 0].numpy()
+    np.testing.assert_allclose(ours, np.clip(np.asarray(expected), 0, 1), atol=0.5 / 255 + 1e-5)
 
 
 def test_bi_equals_matlab(hr: Tensor) -> None:
