@@ -118,6 +118,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Regions registered now."""
     names_in_use: set[str] = field(default_factory=set)
     """Regions that it refuses to let go of."""
+    refused_unregister: int = 0
     cuda_requests: int = 0
     certificate: tuple[bytes, bytes] | None = None
     """Key and certificate: speak TLS."""
@@ -131,6 +132,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._used: list[str] = []
         self.start()
 
     def start(self) -> None:
@@ -181,6 +183,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         with self._lock:
             self.requests += 1
             count = self.requests
+            used = [
+                tensor.parameters["shared_memory_region"].string_param
+                for tensor in (*request.inputs, *request.outputs)
+                if "shared_memory_region" in tensor.parameters
+            ]
+            self._used += used
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
         try:
@@ -194,6 +202,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         finally:
             with self._lock:
                 self.under_way -= 1
+                for name in used:
+                    self._used.remove(name)
 
     def CudaSharedMemoryStatus(self, request, context):  # noqa: N802
         response = service_pb2.CudaSharedMemoryStatusResponse()
@@ -209,8 +219,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.CudaSharedMemoryRegisterResponse()
 
     def CudaSharedMemoryUnregister(self, request, context):  # noqa: N802
-        if request.name in self.names_in_use:
-            context.abort(grpc.StatusCode.INTERNAL, f"region '{request.name}' is in use")
+        if request.name in self.names_in_use or request.name in self._used:
+            self.refused_unregister += 1
+            message = f"Cannot unregister shared memory region '{request.name}', it is currently in use."
+            context.abort(grpc.StatusCode.INTERNAL, message)
         self.cuda_names.discard(request.name)
         return service_pb2.CudaSharedMemoryUnregisterResponse()
 

@@ -18,7 +18,7 @@ import pytest
 MARK = "MST_GAN_TEST_SESSION"
 """Environment variable that every process of this session inherits, also one whose parent is gone."""
 PATIENCE_S = 10  # a server's clean-up process ends a moment after its server
-OWNED_REGION = re.compile(r"mst_gan_\d+_\d+_|vsr-upscale-\d+-")
+OWNED_REGION = re.compile(r"mst_gan_\d+_\d+_|vsr-upscale-\w+-\d+-")
 OTHERS_FILES = {".ses"}  # ONNX Runtime's number of its session
 SHARED_FOLDER = Path("/dev/shm")
 

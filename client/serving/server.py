@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
-from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
+from tritonclient.grpc import (
+    InferenceServerClient,
+    InferInput,
+    InferRequestedOutput,
+    InferResult,
+)
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
@@ -19,7 +26,7 @@ from .identity import Identity, identity_of
 from .probe import PROBE_ID, probe_window
 from .security import Security
 from .transports import AUTO, ring_for
-from .transports.system import Ring
+from .transports.ring import RELEASE_TIMEOUT_S, Ring, kept_rings
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_GRPC_PORT = 8001
@@ -30,6 +37,8 @@ UNLIMITED_BYTES = 2**31 - 1  # an hr frame of a 1280x720 clip is 44 MB; gRPC wou
 RECONNECT_MS = 1000  # gRPC's own pause between connection attempts grows to two minutes otherwise
 
 START_HINT = "start one with `make serve`, or name another with --url"
+
+log = logging.getLogger(__name__)
 
 Done = Callable[["Image | None", "InferenceServerException | None"], None]
 
@@ -72,7 +81,10 @@ class Server:
 
     def __init__(self, url: str, model: str, security: Security = NO_SECURITY) -> None:
         self.address, tls = address_from_url(url)
+        self._is_closed = False
         self._ring: Ring | None = None
+        self._calls: dict[object, Any] = {}
+        """Requests under way, each with what cancels it."""
         self._transport = AUTO
         self._identity: Identity | None = None
         options = [
@@ -132,7 +144,7 @@ class Server:
         if self._ring:
             # A server that was started again knows nothing of the old ring; one that was only cut off
             # may still be writing into it.
-            self.share_memory(self._ring.lr_shape, self._transport)
+            self._share_memory(self._ring.lr_shape, self._transport, release_timeout_s=0)
         if self._identity:
             self._ensemble = self._config(model)
             found = self._probe(ASK_TIMEOUT_S)
@@ -175,14 +187,15 @@ class Server:
 
         Args:
             lr_shape: (T, H, W, 3).
-            transport: One of ``ladder.TRANSPORTS``.
+            transport: One of ``transports.TRANSPORTS``.
 
         Returns:
             How they pass, and why no better way was taken.
         """
-        if self._ring:
-            self._ring.close()
-            self._ring = None
+        return self._share_memory(lr_shape, transport, RELEASE_TIMEOUT_S)
+
+    def _share_memory(self, lr_shape: tuple[int, ...], transport: str, release_timeout_s: float) -> str:
+        self._close_ring(release_timeout_s)
         self._transport = transport
         self._ring, way = ring_for(
             self._client, self.address, self.in_flight, lr_shape, self._hr_shape(lr_shape), transport
@@ -209,7 +222,12 @@ class Server:
         else:
             lr_input.set_data_from_numpy(lr_window[None])
 
+        call, ended = object(), False
+
         def answered(result: InferResult | None, error: InferenceServerException | None) -> None:
+            nonlocal ended
+            ended = True
+            self._calls.pop(call, None)
             hr = None
             if result is not None:
                 hr, error = self._hr_from_result(result, lr_window.shape, ring, slot)
@@ -217,7 +235,11 @@ class Server:
                 ring.free(slot)
             done(hr, error)
 
-        self._client.async_infer(self.contract.model, [lr_input], answered, outputs=[hr_output])
+        self._calls[call] = self._client.async_infer(
+            self.contract.model, [lr_input], answered, outputs=[hr_output]
+        )
+        if ended:  # before it was entered
+            self._calls.pop(call, None)
 
     def _hr_shape(self, lr_shape: tuple[int, ...]) -> tuple[int, int, int]:
         _, height, width, _ = lr_shape
@@ -236,11 +258,28 @@ class Server:
         found = f"{output.datatype} {list(output.shape)}" if output is not None else "nothing"
         return None, InferenceServerException(f"expected {name} UINT8 {expected}, found {found}")
 
+    def _close_ring(self, timeout_s: float) -> None:
+        """Let go of shared memory, also of what the server still used when that was tried before."""
+        rings = kept_rings(self._client)
+        if self._ring:
+            rings.append(self._ring)
+            self._ring = None
+        in_use = [ring for ring in rings if ring.close(timeout_s)]
+        if in_use:
+            log.warning(
+                "%s still uses %d MB of shared memory for requests that were given up; asking again later",
+                self.address,
+                sum(ring.size_bytes for ring in in_use) >> 20,
+            )
+
     def close(self) -> None:
         """Hang up; requests still under way are cancelled."""
-        if self._ring:
-            self._ring.close()
-            self._ring = None
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for call in list(self._calls.values()):
+            call.cancel()
+        self._close_ring(RELEASE_TIMEOUT_S)
         self._client.close()
 
 

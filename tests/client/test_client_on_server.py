@@ -69,7 +69,7 @@ def shared_memory(server, process=None):
     """Names of the regions that clients have registered, and of those of a process that lie about here."""
     with grpcclient.InferenceServerClient(server.grpc_url) as client:
         registered = client.get_system_shared_memory_status().regions
-    lying_about = Path("/dev/shm").glob(f"vsr-upscale-{process or os.getpid()}-*")
+    lying_about = Path("/dev/shm").glob(f"vsr-upscale-*-{process or os.getpid()}-*")
     return [*registered, *(path.name for path in lying_about)]
 
 
@@ -85,6 +85,19 @@ def test_shared_memory_of_a_killed_client_is_let_go(toy_server, tmp_path):
     assert len(shared_memory(toy_server, process.pid)) == 1  # the server's note of it; the name is gone
     result = run_client(clip, tmp_path / "out.mkv", "--url", toy_server.grpc_url, *LOSSLESS)
     assert result.exit_code == 0, result.output
+    assert shared_memory(toy_server) == []
+
+
+def test_shared_memory_of_an_abandoned_clip_is_let_go(toy_server):
+    """Stopped in mid-flight; another clip of another size follows on the same connection."""
+    with closing(Server(toy_server.grpc_url, "mst_gan")) as server:
+        session = Session([server])
+        for size in (128, 64):
+            lr_window = np.stack(pictures(3, size, size))
+            assert session.share_memory(lr_window.shape).startswith("system shared memory")
+            frames = session.hr_frames(lr_window for _ in range(100))
+            next(frames)
+            frames.close()
     assert shared_memory(toy_server) == []
 
 

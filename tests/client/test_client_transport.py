@@ -1,7 +1,11 @@
-"""The ladder of transports, its CUDA rung against a stand-in for the GPU."""
+"""Transports: shared memory and gRPC; CUDA against a stand-in for the GPU."""
 
 import os
+import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 from mst_gan_client.errors import UpscaleError
 from mst_gan_client.serving.server import Server
 from mst_gan_client.serving.session import Session
-from mst_gan_client.serving.transports import is_on_this_machine
+from mst_gan_client.serving.transports import is_on_this_machine, ring
 from mst_gan_client.serving.transports.cuda import MODULE
 
 SHAPE = (3, 16, 16, 3)
@@ -138,7 +142,7 @@ def test_the_next_rung_is_taken_and_the_reason_told(cuda, triton, server, monkey
     monkeypatch.setattr(
         "mst_gan_client.serving.transports.system.SystemRing.__init__", lambda self, *args: None
     )
-    monkeypatch.setattr("mst_gan_client.serving.transports.system.SystemRing.close", lambda self: None)
+    monkeypatch.setattr("mst_gan_client.serving.transports.system.SystemRing.close", lambda *args: False)
     assert server.share_memory(SHAPE) == f"system shared memory ({reason})"
 
 
@@ -148,15 +152,40 @@ def test_a_named_rung_is_tried_alone(cuda, server):
     assert server.share_memory(SHAPE, "grpc") == "gRPC (as asked)"
 
 
-def test_rings_of_killed_clients_are_let_go(triton, server):
-    dead, living = "vsr-upscale-999999999-abcd.0.lr", "somebody-else"
-    triton.cuda_names.update((dead, living))
+def dead_process():
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
+
+
+def name_of(process, namespace=None):
+    return f"vsr-upscale-{namespace or ring.pid_namespace()}-{process}-abcd"
+
+
+def names_of_others():
+    """Whose owners are alive, or cannot be proved dead."""
+    here, dead = ring.pid_namespace(), dead_process()
+    return {
+        "somebody-else",
+        name_of(os.getpid()),
+        name_of(1),  # of another user, unless this is root
+        name_of(dead, f"{here[:-1]}{'0' if here[-1] != '0' else '1'}"),  # another container, or machine
+        f"vsr-upscale-{dead}-abcd",
+        f"vsr-upscale-{here}-{dead}x-abcd",
+        f"other-vsr-upscale-{here}-{dead}-abcd",
+    }
+
+
+def test_only_rings_of_dead_clients_are_let_go(triton, server):
+    others = names_of_others()
+    dead = f"{name_of(dead_process())}.0.lr"
+    triton.cuda_names.update((dead, *others))
     server.share_memory(SHAPE)
-    assert dead not in triton.cuda_names and living in triton.cuda_names
+    server.close()
+    assert triton.cuda_names == others
 
 
 def test_rings_that_the_server_still_uses_are_let_go_later(triton, server):
-    dead = "vsr-upscale-999999999-abcd.0.lr"
+    dead = f"{name_of(dead_process())}.0.lr"
     triton.cuda_names.add(dead)
     triton.names_in_use.add(dead)
     assert server.share_memory(SHAPE) == "CUDA shared memory"
@@ -166,25 +195,109 @@ def test_rings_that_the_server_still_uses_are_let_go_later(triton, server):
     assert not triton.cuda_names
 
 
-def test_what_killed_clients_left_in_memory_is_removed(server, tmp_path, monkeypatch):
+def test_only_what_dead_clients_left_in_memory_is_removed(server, tmp_path, monkeypatch):
     monkeypatch.setattr("mst_gan_client.serving.transports.system.SHARED_FOLDER", tmp_path)
-    dead, fresh = tmp_path / "vsr-upscale-999999999-ab", tmp_path / "vsr-upscale-999999999-cd"
-    living, other = tmp_path / f"vsr-upscale-{os.getpid()}-ab", tmp_path / "somebody-else"
-    for path in (dead, fresh, living, other):
+    others = {tmp_path / name for name in names_of_others()}
+    for path in (tmp_path / name_of(dead_process()), *others):
         path.touch()
-        if path is not fresh:
-            os.utime(path, (0, 0))
     server.share_memory(SHAPE, "system")
-    assert set(tmp_path.iterdir()) == {fresh, living, other}
+    assert set(tmp_path.iterdir()) == others
+
+
+IN_A_CONTAINER = """
+import sys, os
+from mst_gan_client.serving.transports import ring
+print(ring.NAME_PREFIX + f"-{ring.pid_namespace()}-{os.getpid()}-abcd", flush=True)
+print([name for name in sys.stdin.readline().split() if ring.is_dead(name)], flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "true"], stderr=subprocess.DEVNULL
+    ).returncode != 0,
+    reason="needs the right to make a pid namespace (root)",
+)  # fmt: skip
+def test_to_another_pid_namespace_nobody_here_is_dead():
+    with subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", IN_A_CONTAINER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as container:  # fmt: skip
+        theirs = container.stdout.readline().strip()
+        container.stdin.write(f"{name_of(os.getpid())} {name_of(dead_process())} {theirs}\n")
+        container.stdin.flush()
+        assert container.stdout.readline() == "[]\n"
+        assert "-1-abcd" in theirs
+        assert not ring.is_dead(theirs)
+        container.stdin.close()
+    assert not ring.is_dead(theirs)  # it is, but who could tell?
+
+
+@pytest.fixture
+def held(triton):
+    """The requests that the server works on until they are let go; its regions are in use so long."""
+    release = threading.Event()
+    triton.before_answer = lambda count: release.wait(30)
+    yield release
+    release.set()
+
+
+def abandon(server, triton):
+    """Ask for a clip, and stop before the first frame is there."""
+    server.share_memory(SHAPE)
+    session = Session([server])
+    with ThreadPoolExecutor(1) as pool:
+        lr_windows = (np.full(SHAPE, t, np.uint8) for t in range(40))
+        frames = pool.submit(list, session.hr_frames(lr_windows))
+        while triton.under_way < server.in_flight:
+            time.sleep(0.01)
+        session.stop()
+        assert frames.result() == []
+
+
+def test_an_abandoned_clips_memory_is_let_go_when_its_requests_end(cuda, triton, server, held):
+    abandon(server, triton)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    while not triton.refused_unregister:
+        time.sleep(0.01)
+    assert len(cuda.regions) == 2 * server.in_flight
+    held.set()
+    closing.join()
+    assert not triton.cuda_names and not cuda.regions
+
+
+def test_one_region_in_use_keeps_no_other(cuda, triton, server, held, monkeypatch, caplog):
+    """What the server does not let go of is said, kept, and asked for again with the next ring."""
+    monkeypatch.setattr("mst_gan_client.serving.server.RELEASE_TIMEOUT_S", 0.2)
+    abandon(server, triton)
+    stuck = min(triton.cuda_names)
+    triton.names_in_use.add(stuck)
+    held.set()
+
+    server.share_memory(SHAPE, "grpc")
+    assert triton.cuda_names == set(cuda.regions) == {stuck}
+    assert "of shared memory for requests that were given up" in caplog.text
+
+    triton.names_in_use.clear()
+    server.share_memory(SHAPE, "grpc")
+    assert not triton.cuda_names and not cuda.regions
+
+
+def test_memory_stays_while_a_server_that_gives_no_answer_may_write_to_it(cuda, triton, server):
+    server.share_memory(SHAPE)
+    triton.stop()
+    server.close()
+    assert len(cuda.regions) == 2 * server.in_flight
 
 
 def test_memory_is_freed_only_when_no_answer_can_come(cuda, triton, server):
     server.share_memory(SHAPE)
-    ring = server._ring
-    slot = ring.put(np.zeros(SHAPE, np.uint8))
-    ring.close()
+    slot = server._ring.put(np.zeros(SHAPE, np.uint8))
+    server._ring.close(timeout_s=0)
     assert not triton.cuda_names and cuda.regions
-    ring.free(slot)
+    server._ring.free(slot)
     assert not cuda.regions
 
 

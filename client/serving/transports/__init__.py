@@ -8,7 +8,8 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from .cuda import CudaRing
-from .system import Ring, SystemRing
+from .ring import Ring
+from .system import SystemRing
 
 AUTO, GRPC = "auto", "grpc"
 SHARED_MEMORY: dict[str, type[Ring]] = {"cuda": CudaRing, "system": SystemRing}  # best first

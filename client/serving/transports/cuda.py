@@ -5,8 +5,6 @@ Tested against a stand-in; not yet run on a GPU.
 
 from __future__ import annotations
 
-import threading
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +13,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from ...frames.windows import Image
-from .system import TELL_TIMEOUT_S, Ring, forget_the_dead
+from .ring import TELL_TIMEOUT_S, Ring
 
 MODULE = "tritonclient.utils.cuda_shared_memory"
 REGISTER_TIMEOUT_S = 10.0  # the first may have to wait until the server has set up its side of CUDA
@@ -33,22 +31,15 @@ class CudaRing(Ring):
     """
 
     def _open(self) -> None:
+        self._handles: dict[str, Any] = {}
         try:
             self._cuda = import_module(MODULE)
         except (ImportError, RuntimeError) as err:  # tritonclient turns the one into the other
             raise OSError(None, "cuda-python is not installed") from err
-        self._handles: dict[str, Any] = {}
-        self._registered: list[str] = []
-        self._is_closed = False
-        self._lock = threading.Lock()
-        try:
-            self._forget_the_dead()
-            for slot in range(self._slots):
-                self._share(self._lr_name(slot), self._lr_bytes)
-                self._share(self._hr_name(slot), self._hr_bytes)
-        except BaseException:
-            self.close()
-            raise
+        self._release_others()
+        for slot in range(self._slots):
+            self._share(self._lr_name(slot), self._lr_bytes)
+            self._share(self._hr_name(slot), self._hr_bytes)
 
     def _lr_name(self, slot: int) -> str:
         return f"{self._name}.{slot}.lr"
@@ -63,10 +54,10 @@ class CudaRing(Ring):
             raw_handle = self._cuda.get_raw_handle(handle)
         except (self._cuda.CudaSharedMemoryException, AttributeError) as err:  # releases that do not fit
             raise OSError(None, _reason(err)) from err
-        self._client.register_cuda_shared_memory(
+        self._registered.append(name)
+        self.client.register_cuda_shared_memory(
             name, raw_handle, DEVICE, size_bytes, client_timeout=REGISTER_TIMEOUT_S
         )
-        self._registered.append(name)
 
     def _write(self, slot: int, lr_window: Image) -> None:
         try:
@@ -88,31 +79,16 @@ class CudaRing(Ring):
             raise InferenceServerException(f"cannot copy from the GPU: {_reason(err)}") from err
         return hr
 
-    def free(self, slot: int) -> None:
-        """Let the slot be used again; the last one to come back after the end frees the memory."""
-        super().free(slot)
-        self._destroy_if_unused()
+    def _unregister(self, name: str) -> None:
+        self.client.unregister_cuda_shared_memory(name, client_timeout=TELL_TIMEOUT_S)
 
-    def close(self) -> None:
-        """Have the server let go of it, then free it."""
-        # In this order: CUDA leaves undefined what becomes of memory freed while another has it open.
-        with suppress(InferenceServerException):  # a server that is gone has let go
-            for name in self._registered:
-                self._client.unregister_cuda_shared_memory(name, client_timeout=TELL_TIMEOUT_S)
-            self._forget_the_dead()
-        self._is_closed = True
-        self._destroy_if_unused()
+    def _regions_of_server(self) -> Any:
+        return self.client.get_cuda_shared_memory_status(client_timeout=TELL_TIMEOUT_S).regions
 
-    def _forget_the_dead(self) -> None:
-        forget_the_dead(
-            self._client.get_cuda_shared_memory_status, self._client.unregister_cuda_shared_memory
-        )
-
-    def _destroy_if_unused(self) -> None:
-        with self._lock:
-            if self._is_closed and len(self._free) == self._slots:
-                while self._handles:
-                    self._cuda.destroy_shared_memory_region(self._handles.popitem()[1])
+    def _destroy(self) -> None:
+        # CUDA leaves undefined what becomes of memory that is freed while another process has it open.
+        for name in [name for name in self._handles if name not in self._registered]:
+            self._cuda.destroy_shared_memory_region(self._handles.pop(name))
 
 
 def _reason(err: Exception) -> str:
