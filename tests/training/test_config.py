@@ -18,11 +18,21 @@ OF_CHECKPOINTS = {path.stem.removeprefix("mst_gan_"): path for path in FOLDER.gl
 
 
 @pytest.mark.parametrize("name", sorted(OF_CHECKPOINTS))
-def test_every_checkpoint_has_a_recipe_of_its_widths(name: str) -> None:
+def test_every_checkpoint_has_a_recipe_that_its_card_names(name: str) -> None:
     recipe = read_recipe(name)
     config = make_config(recipe, {"teacher": "x"} if recipe.get("augmented_teacher") else {})
     trunk = load_checkpoint(OF_CHECKPOINTS[name]).widths.name
     assert config.widths in (trunk, f"{trunk}_trunk")
+    assert f"(../training/recipes/{name}.toml)" in (FOLDER / f"mst_gan_{name}.md").read_text()
+
+
+@pytest.mark.parametrize("card", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
+def test_a_card_is_short_and_has_one_picture(card: Path) -> None:
+    text = card.read_text()
+    assert len(text.splitlines()) <= 60
+    assert text.count("![") <= 1
+    for heading in ("## Scores", "## Recipe", "## Limits", "## Data"):
+        assert heading in text
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
