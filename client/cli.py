@@ -15,7 +15,7 @@ import click
 from .batch import Job, jobs_from_arguments
 from .errors import UpscaleError
 from .frames.scenes import DEFAULT_THRESHOLD
-from .options import TopicCommand, frames_per_second, height_and_width, seconds, topic_options
+from .options import TopicCommand, frames_per_second, height_and_width, seconds, streams, topic_options
 from .pipeline import Options, Result, upscale
 from .progress import ConsoleProgress, JsonProgress, Progress
 from .reports.compare import check_target
@@ -28,9 +28,12 @@ from .serving.session import Session
 from .serving.transports import AUTO, TRANSPORTS
 from .stages import reason_of, stage
 from .video.decode import Range, Video
+from .video.deinterlace import DEINTERLACE, OFF
 from .video.encode import CODECS, DEFAULT_CODEC, encoding_from_options
 from .video.images import writes_images
 from .video.source import PIPE, Source
+from .video.streams import Selection
+from .video.tracks import AUDIO_CODECS
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130  # as shells report Ctrl-C
@@ -70,7 +73,7 @@ def run_one(src: Source, dst: Path, session: Session, options: Options, progress
 
 def rehearse(src: Source, dst: Path, session: Session, options: Options) -> str:
     """Upscale the first frames into a folder that vanishes, and estimate from them what all would take."""
-    with Video(src) as video, TemporaryDirectory() as folder:
+    with Video(src, options.selection) as video, TemporaryDirectory() as folder:
         expected = video.frames_expected(options.range)
         few = replace(options, range=replace(options.range, frames=min(session.in_flight, expected or 1)))
         sample = Path(folder) / dst.name
@@ -125,6 +128,19 @@ a_file = click.Path(path_type=Path)
     metavar="N",
     help=f"Gray levels of change that are a cut; 255: none [{DEFAULT_THRESHOLD:g}].",
 )
+@on_input(
+    "--streams",
+    type=streams,
+    metavar="N,N",
+    help="Numbers of IN's streams: 0,1 keeps these; -2 leaves it out.",
+)
+@on_input(
+    "--deinterlace",
+    type=click.Choice(DEINTERLACE),
+    default=OFF,
+    metavar="WHICH",
+    help=f"off; auto: frames that say they are interlaced; on: all [{OFF}].",
+)
 @on_input("--allow-hdr", is_flag=True, help="Upscale PQ and HLG clips too, in 8 bits.")
 @on_input("--allow-damage", is_flag=True, help="Accept that frames cannot be read.")
 @on_output(
@@ -134,6 +150,15 @@ a_file = click.Path(path_type=Path)
 @on_output("--preset", metavar="NAME", help="Speed of the encoder, in its own words.")
 @on_output("--pix-fmt", metavar="NAME", help="Pixel format, such as yuv420p10le.")
 @on_output("--final-size", type=height_and_width, metavar="WxH", help="Such as 3840x2160; else 4 times IN's.")
+@on_output("--square-pixels", is_flag=True, help="Stretch a picture whose pixels are not square.")
+@on_output(
+    "--audio",
+    type=click.Choice(("copy", "none", *AUDIO_CODECS)),
+    default="copy",
+    metavar="HOW",
+    help=f"copy, none, {', '.join(AUDIO_CODECS)} [copy].",
+)
+@on_output("--no-subtitles", is_flag=True, help="Leave subtitles out.")
 @on_output("--compare", type=a_file, metavar="PATH", help="Also bicubic | ours: a .png or a video.")
 @on_output("--report", "report_page", type=a_file, metavar="PATH", help="Also a page about the run: .html.")
 @on_output("--reference", type=a_file, metavar="CLIP", help="The truth, for PSNR and SSIM in the report.")
@@ -175,6 +200,11 @@ def main(
     report_page: Path | None,
     reference: Path | None,
     scene_threshold: float,
+    streams: tuple[frozenset[int] | None, frozenset[int]] | None,
+    deinterlace: str,
+    square_pixels: bool,
+    audio: str,
+    no_subtitles: bool,
     allow_hdr: bool,
     restart: bool,
     allow_damage: bool,
@@ -216,6 +246,8 @@ def main(
         is_batch = len(jobs) > 1 or jobs[0][0].path != Path(src)
         if not (is_batch or dry_run or overwrite) and jobs[0][1].exists():
             raise UpscaleError(f"{jobs[0][1]} exists: pass --overwrite to replace it")
+        if square_pixels and final_size:
+            raise UpscaleError("expected --square-pixels or --final-size, found both")
         if any(writes_images(out, source) for source, out in jobs) and (codec or crf or preset or pix_fmt):
             raise UpscaleError("images are written as PNG: leave --codec, --crf, --preset and --pix-fmt out")
         options = Options(
@@ -228,6 +260,9 @@ def main(
             restart=restart,
             allow_damage=allow_damage,
             allow_hdr=allow_hdr,
+            selection=Selection(*(streams or (None, frozenset())), audio=audio, subtitles=not no_subtitles),
+            deinterlace=deinterlace,
+            square_pixels=square_pixels,
         )
         security = Security(tls_ca, tls_cert, tls_key, token)
         with open_session(url.split(","), model, security, patience, allow_mixed_weights) as session:

@@ -59,6 +59,15 @@ def seconds(text: str) -> Fraction:
     return total
 
 
+def streams(text: str) -> tuple[frozenset[int] | None, frozenset[int]]:
+    """Read numbers of streams: 0,1 keeps these alone, -2,-3 leaves these out; returns (only, without)."""
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        return frozenset(map(int, text.split(","))), frozenset()
+    if re.fullmatch(r"-\d+(,-\d+)*", text):
+        return None, frozenset(-int(number) for number in text.split(","))
+    raise click.BadParameter(f"expected numbers to keep, as 0,1, or to leave out, as -2, found {text!r}")
+
+
 def frames_per_second(text: str) -> Fraction:
     """Read a rate such as 25, 23.976 or 30000/1001."""
     if not re.fullmatch(r"[1-9]\d*(?:\.\d+|/[1-9]\d*)?", text):

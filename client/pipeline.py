@@ -28,15 +28,18 @@ from .serving.transports import AUTO
 from .stages import stage
 from .upscaler import Layout, hr_from_windows
 from .video.decode import Frame, Picture, Range, Video
+from .video.deinterlace import OFF
 from .video.encode import PNG, Encoding, write_segment, write_y4m
 from .video.images import Images, writes_images
 from .video.mux import Muxer
 from .video.source import PIPE, Source
+from .video.streams import EVERY_STREAM, Selection
 from .video.times import Times
 
 FRAMES_AHEAD = 4  # decoded, or waiting for the encoder: enough to even out the stages' pace
 BYTES_AHEAD = 512 << 20  # of them at most: an hr frame of an 8K clip has 1.6 GB
 
+REHEARSED_FRAMES = 3  # enough for an encoder to reorder them
 LARGEST_ASPECT_TERM = 255  # of a pixel's width and height; all encoders can write it
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,12 @@ class Options:
     """Make do with the frames there are if some of the clip cannot be read."""
     allow_hdr: bool = False
     """Treat PQ and HLG like any other transfer."""
+    selection: Selection = EVERY_STREAM
+    """Which of the source's streams are wanted."""
+    deinterlace: str = OFF
+    """Which frames are deinterlaced, one of ``deinterlace.DEINTERLACE``."""
+    square_pixels: bool = False
+    """Stretch the output so that its pixels are square."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +118,37 @@ class Shapes:
     """What is encoded."""
 
 
-def shapes_of(lr: Picture, contract: Contract, final_size: Size | None) -> Shapes:
+def shapes_of(
+    lr: Picture, contract: Contract, final_size: Size | None, square_pixels: bool = False
+) -> Shapes:
     """Work out the sizes of a run."""
     layout = Layout.of(lr.size, contract)
     size = final_size or layout.hr
+    if square_pixels and lr.sample_aspect_ratio:
+        size = square_size(layout.hr, lr.sample_aspect_ratio)
     matrix = lr.display_matrix
     if matrix:  # its last row shifts the picture, in pixels
         shift_x, shift_y = matrix[6] * size[1] // lr.size[1], matrix[7] * size[0] // lr.size[0]
         matrix = (*matrix[:6], shift_x, shift_y, matrix[8])
     stretch = Fraction(lr.size[1] * size[0], lr.size[0] * size[1])
     aspect = lr.sample_aspect_ratio
-    if stretch != 1:  # pixels change their shape so that the picture keeps its own
+    if square_pixels:
+        aspect = None
+    elif stretch != 1:  # pixels change their shape so that the picture keeps its own
         aspect = ((aspect or 1) * stretch).limit_denominator(LARGEST_ASPECT_TERM)
     hr = replace(lr, size=size, display_matrix=matrix, sample_aspect_ratio=aspect)
     return Shapes(lr, layout, hr)
+
+
+def square_size(size: Size, aspect: Fraction) -> Size:
+    """The (height, width) with square pixels of a picture whose pixels are ``aspect`` times as wide as high.
+
+    The shorter side of its pixels is stretched, so nothing is lost; both sides stay even where they are.
+    """
+    height, width = size
+    if aspect > 1:
+        return height, round(width * aspect / 2) * 2
+    return round(height / aspect / 2) * 2, width
 
 
 class Pipeline:
@@ -199,12 +225,23 @@ def upscale(
     """
     with reading(source.path):
         guard = InputGuard(source)
-        video = Video(source)
+        video = Video(source, options.selection, options.deinterlace)
     with video:
-        if video.picture.color.is_hdr and not options.allow_hdr:
+        kind = "PQ or HLG" if video.picture.color.is_hdr else "Dolby Vision" if video.is_dolby_vision else ""
+        if kind and not options.allow_hdr:
             raise UpscaleError(
-                f"expected a clip of standard dynamic range, found PQ or HLG in {source.path}: the model "
+                f"expected a clip of standard dynamic range, found {kind} in {source.path}: the model "
                 "works in 8 bits and knows no HDR; convert the clip first, or pass --allow-hdr to try"
+            )
+        if (
+            dst.suffix
+            and writes_images(dst, source)
+            and options.range.frames != 1
+            and video.has_many_frames()
+        ):
+            raise UpscaleError(
+                f"expected one frame for {dst.name}, found more in {source.path}: name the output .mp4 or "
+                ".mkv, or pass --max-frames 1"
             )
         run = Run(video, session, options, watcher)
         if dst == PIPE:
@@ -227,7 +264,7 @@ class Run:
     def __init__(self, video: Video, session: Session, options: Options, watcher: Watcher) -> None:
         self._began_s = time.monotonic()
         self._video, self._session, self._options, self._watcher = video, session, options, watcher
-        self._shapes = shapes_of(video.picture, session.contract, options.final_size)
+        self._shapes = shapes_of(video.picture, session.contract, options.final_size, options.square_pixels)
         self._new_frames = 0
         self._encode_s = 0.0
 
@@ -240,7 +277,11 @@ class Run:
             stage(f"cannot write {dst}"),
             ResumeState(dst, identity, self._session.weights(), options.restart) as part,
         ):
-            join = Images(part.joined, source) if is_images else Muxer(part.joined, source, self._shapes.hr)
+            join = (
+                Images(part.joined, source)
+                if is_images
+                else Muxer(part.joined, source, self._shapes.hr, options.selection)
+            )
             if not part.segments():
                 rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
             known = part.record()
@@ -366,6 +407,8 @@ def identity_of(input_identity: str, contract: Contract, options: Options) -> di
         "encoding": [encoding.codec.encoder, encoding.pix_fmt, *map(list, encoding.options)],
         "final size": list(options.final_size or ()),
         "range": {name: str(value) for name, value in asdict(options.range).items()},
+        "deinterlacing": options.deinterlace,
+        "square pixels": options.square_pixels,
         "scene threshold": options.scene_threshold,
         "segment length": options.segment_frames,
     }
@@ -380,10 +423,11 @@ def _say_how(session: Session, grid: Grid, options: Options) -> None:
 
 
 def rehearse(segment: Path, join: Muxer | Images, picture: Picture, encoding: Encoding) -> None:
-    """Encode and join one black frame, so that what cannot be written is known before the work."""
+    """Encode and join a few black frames, so that what cannot be written is known before the work."""
     height, width = picture.size
     settings = " ".join(f"{name}={value}" for name, value in encoding.options)
     with encoding_stage(f"{encoding.codec.encoder} refused {width}x{height} {encoding.pix_fmt} {settings}"):
-        write_segment(segment, [np.zeros((height, width, 3), np.uint8)], picture, encoding)
+        black = np.zeros((height, width, 3), np.uint8)
+        write_segment(segment, [black] * REHEARSED_FRAMES, picture, encoding)
     join.rehearse(segment)
     segment.unlink()

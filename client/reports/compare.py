@@ -18,6 +18,7 @@ from ..video.decode import Picture, Range, Video
 from ..video.encode import PNG, encode, encoding_from_options
 from ..video.images import PNG_SUFFIX
 from ..video.source import Source
+from ..video.streams import count_frames
 
 SAMPLES = 3  # frames in a picture, evenly spread over the clip
 DETAIL_PART = 6  # a detail is this part of the frame's height
@@ -41,7 +42,7 @@ def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None
         ValueError: The two clips do not have the same number of frames.
     """
     with Video(source) as lr, Video(Source(upscaled)) as hr:
-        total = hr.frames_expected(Range())
+        total = count_frames(upscaled)
         (height, width), aspect = hr.picture.size, hr.picture.sample_aspect_ratio
         if quarter_turns(hr.picture) % 2:
             height, width, aspect = width, height, aspect and 1 / aspect

@@ -24,6 +24,15 @@ SWSCALE_MATRIX = {
     BT2020_NCL: 9,
 }
 
+MATRIX_NAMES = {
+    BT709: "BT.709",
+    FCC: "FCC",
+    BT470BG: "BT.601 (625 lines)",
+    SMPTE170M: "BT.601",
+    SMPTE240M: "SMPTE 240M",
+    BT2020_NCL: "BT.2020",
+}
+
 # Bilinear chroma would shift and smear color edges before the model sees them.
 QUALITY = (
     Interpolation.BICUBIC
@@ -49,6 +58,10 @@ class Color:
     def is_hdr(self) -> bool:
         """Whether the transfer is PQ or HLG."""
         return self.transfer in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+
+    def __str__(self) -> str:
+        """Name matrix and range."""
+        return f"{MATRIX_NAMES[self.matrix]}, {'full' if self.full_range else 'limited'} range"
 
     @property
     def range(self) -> ColorRange:
@@ -79,7 +92,7 @@ def color_of(frame: av.VideoFrame) -> Color:
 
 
 def rgb_from_frame(frame: av.VideoFrame, color: Color) -> Image:
-    """Convert a decoded frame to (H, W, 3) uint8 RGB, 0..255."""
+    """Convert a decoded frame of these colors to (H, W, 3) uint8 RGB, 0..255."""
     yuv = {} if frame.format.is_rgb else {"src_color_range": color.range}
     rgb = frame.reformat(
         format="rgb24",

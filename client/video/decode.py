@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import logging
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from math import inf
 from types import TracebackType
-from typing import cast
 
 import av
-from av.container import InputContainer
-from av.sidedata.sidedata import SideData
-from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
 from ..frames.windows import Image, Size
+from .boundary import guarded, media_errors
+from .clock import packets_of
 from .color import Color, color_of, rgb_from_frame
+from .deinterlace import OFF, progressive
+from .orientation import UPRIGHT, display_matrix, is_sideways, upright
 from .source import Source
+from .stills import tags_of
+from .streams import EVERY_STREAM, Selection, main_stream, needs_dolby_vision
 
 log = logging.getLogger(__name__)
 
 DECODER_THREADS = 2  # lr frames are small; the other cores are for a server that may run beside us
 FALLBACK_RATE = Fraction(25)  # frames per second, for the few streams that say nothing at all
 LARGEST_RATE_TERM = 2**30  # encoders keep the rate as two 32-bit integers
+MOST_WITHOUT_TIME = 32  # frames at the beginning that are kept until one has a time
+STEPS_BACK = 2  # frames by which times step back where another recording begins
+ALPHA = ("alpha_mode", "1")  # Matroska's tag of VP8 and VP9, whose decoder leaves transparency out
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,38 +75,53 @@ class Video:
 
     Args:
         source: Anything FFmpeg can read.
+        selection: Streams that are wanted; the picture is one of them.
+        deinterlace: One of ``DEINTERLACE``: no frames, those that say they are interlaced, or all.
 
     Raises:
         UpscaleError: There is no picture to upscale in it.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, selection: Selection = EVERY_STREAM, deinterlace: str = OFF) -> None:
         self.path = source.path
+        self._what_fails = f"cannot read {self.path}"
         self._container = source.open()
         try:
-            try:
-                self._stream = main_stream(self._container)
-            except StopIteration:
-                found = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
-                raise UpscaleError(f"expected a video, found only {found} in {self.path}") from None
-            self._stream.thread_type = "AUTO"
-            self._stream.thread_count = DECODER_THREADS
-            self._packets = self._frames = self._refused = 0
-            self._shown = (0, 0)  # times of the first frame and of the end, in ticks
-            self._is_read_whole = True
-            self.damaged = 0
-            """Frames that came out of the decoder, but not whole."""
-            self._decoded = self._decode()
-            first = next(self._decoded, None)
-            if first is None:
-                raise UpscaleError(f"expected a video, found no frame in {self.path}: check that it plays")
-            self._first = first
-            self.picture = self._picture(first)
+            with media_errors(self._what_fails):
+                self._open(source, selection, deinterlace)
         except BaseException:
             self._container.close()
             raise
         self.last_duration = 1
         """How long the frame read last is shown, in ``picture.time_base``."""
+
+    def _open(self, source: Source, selection: Selection, deinterlace: str) -> None:
+        selection.check(len(self._container.streams), self.path)
+        try:
+            self._stream = main_stream(self._container, selection)
+        except StopIteration:
+            found = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
+            raise UpscaleError(f"expected a video, found only {found} in {self.path}") from None
+        if self._stream.codec_context is None:
+            raise UpscaleError(f"expected a video that FFmpeg can decode, found none in {self.path}")
+        self._stream.thread_type = "AUTO"
+        self._stream.thread_count = DECODER_THREADS
+        self._stills = source.files() if source.is_stills else []
+        self._packets = self._frames = self._refused = self._before_start = 0
+        self._lead_s = Fraction(0)  # from the first packet to the first frame that can be decoded
+        self._shown = (0, 0)  # times of the first frame and of the end, in ticks
+        self._is_read_whole = True
+        self._told: set[str] = set()
+        self.damaged = 0
+        """Frames that came out of the decoder, but not whole."""
+        self._decoded = progressive(self._with_times(self._decode()), self._stream, deinterlace)
+        first = next(self._decoded, None)
+        if first is None:
+            raise UpscaleError(f"expected a video, found no frame in {self.path}: check that it plays")
+        self._first = first
+        self.is_dolby_vision = needs_dolby_vision(self._stream)
+        """Whether its colors are those of Dolby Vision alone."""
+        self.picture = self._picture(first, deinterlace)
 
     def __enter__(self) -> Video:
         """Return the open video."""
@@ -127,22 +146,28 @@ class Video:
         within = rest if wanted.duration_s is None else round(wanted.duration_s * self.picture.rate)
         return min(rest, within, wanted.frames or rest)
 
+    def has_many_frames(self) -> bool:
+        """Whether there is a second frame; before the first is read."""
+        with media_errors(self._what_fails):
+            second = next(self._decoded, None)
+        self._decoded = chain(() if second is None else (second,), self._decoded)
+        return second is not None
+
     def frames(self, wanted: Range) -> Iterator[Frame]:
         """Decode the clip once, from its first frame to its last, and convert those of a range.
 
         Yields:
             Frames in display order, with strictly increasing times.
         """
-        nominal = max(1, round(1 / (self.picture.rate * self.picture.time_base)))
-        first = pts = None
+        return guarded(self._wanted_frames(wanted), self._what_fails)
+
+    def _wanted_frames(self, wanted: Range) -> Iterator[Frame]:
+        first = None
         found = 0
+        self.last_duration = self._nominal_ticks
         for frame in chain([self._first], self._decoded):
-            if (frame.height, frame.width) != self.picture.size:
-                raise UpscaleError(
-                    f"expected one picture size, found {frame.width}x{frame.height} after "
-                    f"{self.picture.size[1]}x{self.picture.size[0]} in {self.path}: split the clip there"
-                )
-            pts = self._time_of(frame, pts)
+            pts = frame.pts
+            assert pts is not None
             first = pts if first is None else first
             since_start_s = (pts - first) * self.picture.time_base - wanted.start_s
             if since_start_s < 0:
@@ -153,84 +178,185 @@ class Video:
                 self._is_read_whole = False
                 return
             found += 1
-            self.last_duration = frame.duration or nominal
+            self.last_duration = frame.duration or self._nominal_ticks
             self._shown = (first, pts + self.last_duration)
-            yield Frame(rgb_from_frame(frame, self.picture.color), pts)
+            yield Frame(self._image(frame), pts)
         if not found:
             raise UpscaleError(
                 f"expected frames after {float(wanted.start_s):g} s, found the end of {self.path}"
             )
 
-    def _time_of(self, frame: av.VideoFrame, before: int | None) -> int:
-        """When a frame is shown, after the one before it in any case."""
-        # Containers such as AVI give only decoding times, raw streams none at all.
-        found = frame.pts if frame.pts is not None else frame.dts
-        if before is None:
-            return found or 0
-        return before + self.last_duration if found is None else max(found, before + 1)
+    def _image(self, frame: av.VideoFrame) -> Image:
+        """Convert a frame with the colors that it has, and turn a still image upright."""
+        color = color_of(frame)
+        if color != self.picture.color:
+            self._say_that_colors_change(color)
+        image = upright(rgb_from_frame(frame, color), self._orientation(frame))
+        size = image.shape[:2]
+        if size != self.picture.size:
+            raise UpscaleError(
+                f"expected one picture size, found {size[1]}x{size[0]} after "
+                f"{self.picture.size[1]}x{self.picture.size[0]} in {self.path}: split the clip there"
+            )
+        return image
+
+    def _orientation(self, frame: av.VideoFrame) -> int:
+        """EXIF's orientation of a still image."""
+        if not self._stills:
+            return UPRIGHT
+        number = round((frame.pts or 0) * self._ticks_s * self._rate)
+        return tags_of(self._stills[number]).orientation if number < len(self._stills) else UPRIGHT
+
+    def _say_that_colors_change(self, color: Color) -> None:
+        before = self.picture.color
+        if color.is_hdr != before.is_hdr:
+            raise UpscaleError(
+                f"expected one dynamic range, found that it changes in {self.path}: split the clip there"
+            )
+        if "colors" not in self._told:
+            self._told.add("colors")
+            log.warning(
+                "the colors of %s change (from %s to %s): each frame is converted by its own tags, and the "
+                "output has those of the first",
+                self.path,
+                before,
+                color,
+            )
+
+    @property
+    def _ticks_s(self) -> Fraction:
+        """Seconds per tick of the times of frames."""
+        return self._stream.time_base or 1 / self._rate
+
+    @property
+    def _rate(self) -> Fraction:
+        rate = self._stream.guessed_rate or self._stream.average_rate or FALLBACK_RATE
+        return rate if max(rate.as_integer_ratio()) < LARGEST_RATE_TERM else rate.limit_denominator(1001)
+
+    @property
+    def _nominal_ticks(self) -> int:
+        """How long a frame is shown that does not say."""
+        return max(1, round(1 / (self._rate * self._ticks_s)))
 
     def _decode(self) -> Iterator[av.VideoFrame]:
         """Decode as FFmpeg does: what is broken is counted and left behind."""
-        packets = self._container.demux(self._stream)
+        packets = packets_of(self._container, [self._stream])
+        early: list[int] = []  # times of the packets before the first frame
+        first: int | None = None
         while True:
             try:
                 packet = next(packets, None)
                 if packet is None:
                     return
-                self._packets += bool(packet.size) and not packet.is_discard
+                if packet.size and not packet.is_discard:
+                    self._packets += 1
+                    if packet.pts is not None and first is None:
+                        early.append(packet.pts)
+                    elif packet.pts is not None and first is not None and packet.pts < first:
+                        self._before_start += 1
                 for frame in packet.decode():
+                    if first is None and frame.pts is not None:
+                        first = frame.pts
+                        self._begin_at(first, early)
                     self._frames += 1
                     self.damaged += frame.is_corrupt
                     yield frame
             except av.error.InvalidDataError:
                 self._refused += 1
 
+    def _begin_at(self, first: int, early: list[int]) -> None:
+        """Say what lies before the first frame that can be decoded, as in a recording begun at any time."""
+        lost = [pts for pts in early if pts < first]
+        if lost:
+            self._before_start = len(lost)
+            self._lead_s = (first - min(lost)) * self._ticks_s
+            log.warning(
+                "%s begins in the middle of a group of pictures: the %d before its first key frame (%.2f s) "
+                "cannot be decoded",
+                self.path,
+                len(lost),
+                self._lead_s,
+            )
+
+    def _with_times(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        """Give every frame a time in ``pts``, after the one before it in any case."""
+        waiting: list[av.VideoFrame] = []  # without a time, at the beginning
+        before: int | None = None
+        shift = step = 0
+        for frame in chain(frames, [None]):
+            # Containers such as AVI give only decoding times, raw streams none at all.
+            found = None if frame is None else frame.dts if frame.pts is None else frame.pts
+            if before is None:
+                waiting += [] if frame is None else [frame]
+                if frame is not None and found is None and len(waiting) < MOST_WITHOUT_TIME:
+                    continue
+                steps = [self._ticks_of(one) for one in waiting]
+                start = 0 if found is None else found - sum(steps[:-1])
+                for one, step in zip(waiting, steps, strict=True):
+                    one.pts = before = start
+                    start += step
+                    yield one
+            elif frame is not None:
+                if found is None:
+                    found = before + step - shift
+                elif found + shift < before - STEPS_BACK * self._nominal_ticks:
+                    shift = before + step - found
+                    if "times" not in self._told:
+                        self._told.add("times")
+                        log.warning("times begin anew in %s: they are counted on from there", self.path)
+                frame.pts = before = max(found + shift, before + 1)
+                step = self._ticks_of(frame)
+                yield frame
+
+    def _ticks_of(self, frame: av.VideoFrame) -> int:
+        """How long a frame is shown."""
+        return frame.duration or self._nominal_ticks
+
     def what_is_missing(self) -> str | None:
         """After the last frame: how the file fell short of what it promised, if it did."""
         stream, picture = self._stream, self.picture
         if not self._is_read_whole:
             return None
-        seconds = float((self._shown[1] - self._shown[0]) * picture.time_base)
-        promised = _declared_duration_s(stream)
+        first, end = self._shown
+        seconds = float((end - first) * picture.time_base + self._lead_s)
+        promised = _declared_duration_s(stream, float(first * picture.time_base - self._lead_s))
         # A file may promise samples that an edit list hides, so the count alone proves nothing.
         if promised - seconds > 1.5 / picture.rate and self._packets < (stream.frames or inf):
             of_frames = f" of {stream.frames}" if stream.frames else ""
             return f"ends after {self._frames}{of_frames} frames, {seconds:.2f} s of {promised:.2f} s"
-        if self._refused and self._frames < self._packets:
-            return f"has {self._packets - self._frames} frames that cannot be decoded"
+        lost = self._packets - self._before_start - self._frames
+        if self._refused and lost > 0:
+            return f"has {lost} frames that cannot be decoded"
         return None
 
-    def _picture(self, first: av.VideoFrame) -> Picture:
+    def _picture(self, first: av.VideoFrame, deinterlace: str) -> Picture:
         stream = self._stream
-        rate = stream.guessed_rate or stream.average_rate or FALLBACK_RATE
-        if any(component.is_alpha for component in first.format.components):
+        has_alpha = any(component.is_alpha for component in first.format.components)
+        if has_alpha or ALPHA in {(key.lower(), value) for key, value in stream.metadata.items()}:
             log.warning("transparency is left out")
-        if first.interlaced_frame:
-            log.warning("interlaced frames are upscaled as they are: better deinterlace the clip first")
-        matrix = first.side_data.get("DISPLAYMATRIX")
+        if first.interlaced_frame and deinterlace == OFF:
+            log.warning(
+                "interlaced frames are upscaled as they are: better deinterlace the clip first, with "
+                "--deinterlace auto"
+            )
+        height, width = first.height, first.width
+        if is_sideways(self._orientation(first)):
+            height, width = width, height
         return Picture(
-            size=(first.height, first.width),
-            rate=rate if max(rate.as_integer_ratio()) < LARGEST_RATE_TERM else rate.limit_denominator(1001),
-            time_base=stream.time_base or 1 / rate,
+            size=(height, width),
+            rate=self._rate,
+            time_base=self._ticks_s,
             color=color_of(first),
             sample_aspect_ratio=stream.sample_aspect_ratio or None,
-            display_matrix=struct.unpack("=9i", bytes(cast(SideData, matrix))) if matrix else None,
+            display_matrix=None if self._stills else display_matrix(first, stream.codec_context.name),
         )
 
 
-def _declared_duration_s(stream: VideoStream) -> float:
+def _declared_duration_s(stream: VideoStream, start_s: float) -> float:
     """How long the picture is by what the file says of this stream; 0 where it says nothing."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     clock = re.fullmatch(r"(\d+):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska
     hours, minutes, seconds = clock.groups() if clock else (0, 0, 0)
-    return float(hours) * 3600 + float(minutes) * 60 + float(seconds)
-
-
-def main_stream(container: InputContainer) -> VideoStream:
-    """The stream with the picture; a cover image is none.
-
-    Raises:
-        StopIteration: There is no picture.
-    """
-    return next(s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+    # FFmpeg writes when the stream ends, which is how long it is only where it starts at zero.
+    return float(hours) * 3600 + float(minutes) * 60 + float(seconds) - max(0.0, start_s)

@@ -11,6 +11,7 @@ from av.packet import Packet
 
 from ..errors import UpscaleError
 from .source import Source
+from .stills import StillTags, tags_of
 from .times import Times
 
 PNG_SUFFIX = ".png"
@@ -43,15 +44,18 @@ class Images:
         """
         if self._out.suffix:
             paths = [self._out]
+            originals = self._source.files() if self._source.is_stills else []
         else:
             self._out.mkdir(exist_ok=True)
             found = self._source.files()
             numbers = (round(pts * times.time_base * self._source.rate) for pts in times.pts)
-            paths = [self._out / f"{found[number].stem}{PNG_SUFFIX}" for number in numbers]
+            originals = [found[number] for number in numbers]
+            paths = [self._out / f"{original.stem}{PNG_SUFFIX}" for original in originals]
         count = 0
         for packet in _packets(segments):
             if count < len(paths):
-                paths[count].write_bytes(bytes(packet))
+                tags = tags_of(originals[count]) if count < len(originals) else StillTags()
+                paths[count].write_bytes(tags.in_png(bytes(packet)))
             count += 1
         if count != len(paths):
             raise UpscaleError(f"expected {len(paths)} images of {self._source.path}, found {count}")

@@ -7,29 +7,31 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import av
-from av.container import InputContainer, OutputContainer
 from av.packet import Packet
-from av.stream import Disposition, Stream
+from av.stream import Stream
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
-from .decode import Picture, main_stream
-from .encode import tag_stream
+from .boundary import reason_of
+from .clock import MAY_REPEAT, packets_of
+from .decode import Picture
+from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix
 from .source import Source
+from .streams import EVERY_STREAM, Selection, count_frames, describe, is_cover, is_made_by_muxer, main_stream
 from .times import EVERYTHING, Span, Times
-
-AnyStream = TypeVar("AnyStream", bound=Stream)
+from .tracks import COPY
+from .verify import Contents, amount_of, contents_of, is_pause, verify
 
 log = logging.getLogger(__name__)
 
-# Facts about the source's own bytes, which would be wrong in another file.
-CONTAINER_TAGS = ("encoder", "major_brand", "minor_version", "compatible_brands")
-STALE_TAGS = frozenset((*CONTAINER_TAGS, "DURATION", "BPS", "NUMBER_OF_BYTES", "NUMBER_OF_FRAMES"))
-QUICKTIME_FAMILY = frozenset(("mp4", "mov", "ipod"))
+REHEARSED_PACKETS = 1000  # of the source, at most, that a rehearsal reads
+CURE_OF_AUDIO = "pass --audio aac, --audio flac or --audio none, or leave it out with --streams"
 
 
 class Muxer:
@@ -39,16 +41,24 @@ class Muxer:
         out: The file to write; its suffix names the container.
         source: Where audio, subtitles, attachments, chapters and tags come from.
         picture: Of the hr clip.
+        selection: Which of the source's streams are wanted.
     """
 
-    def __init__(self, out: Path, source: Source, picture: Picture) -> None:
-        self._out, self._source, self._picture = out, source, picture
+    def __init__(
+        self, out: Path, source: Source, picture: Picture, selection: Selection = EVERY_STREAM
+    ) -> None:
+        self._out, self._source, self._picture, self._selection = out, source, picture, selection
+        self._decided: dict[int, str] | None = None
         self._told: set[int] = set()
 
     def rehearse(self, segment: Path) -> None:
-        """Write the header alone, with a segment of one frame, to learn early what the container refuses."""
-        with ExitStack() as files:
-            self._lay_out(files, segment, EVERYTHING)
+        """Write and verify a small file, with a segment of few frames and each stream's first packets.
+
+        Raises:
+            UpscaleError: The container cannot hold what it should; the text names a choice that works.
+        """
+        check_suffix(self._out)
+        self._forms(segment)
         self._out.unlink(missing_ok=True)
 
     def write(self, segments: Sequence[Path], times: Times, is_whole: bool) -> None:
@@ -63,93 +73,162 @@ class Muxer:
         Raises:
             UpscaleError: What was written is not what should be there.
         """
+        forms = self._forms(segments[0])
+        start_s = times.pts[0] * times.time_base
         span = EVERYTHING
         if not is_whole:
-            span = Span(times.pts[0] * times.time_base, times.end * times.time_base)
+            span = Span(start_s, times.end * times.time_base, start_s)
+        elif start_s < 0:  # players do not show what comes before zero
+            span = Span(None, None, start_s)
+        if span.origin_s:
             times = replace(times, pts=[pts - times.pts[0] for pts in times.pts])
+        with self._opened(segments[0]).open() as container:
+            contents = contents_of(container, forms, span)
+        forms = self._not_empty(segments[0], forms, contents, is_whole)
+        self._write(segments, times, forms, span)
+        contents = {index: found for index, found in contents.items() if index in forms}
+        source = self._opened(segments[0])
+        verify(self._out, source, self._picture, self._selection, forms, times, span, contents)
+
+    def _opened(self, segment: Path) -> Source:
+        """The source once more; a pipe is gone, and had no more in it than a segment has."""
+        return Source(segment) if self._source.is_pipe else self._source
+
+    # Which streams, and how
+
+    def _forms(self, segment: Path) -> Forms:
+        """Decide on every stream of the source, by trying; what is left out or refused is said."""
+        if self._decided is not None:
+            return self._decided
+        wanted = {}
+        with self._opened(segment).open() as source:
+            selection = Selection() if self._source.is_pipe else self._selection
+            main = main_stream(source, selection)
+            for stream in source.streams:
+                if stream is main or not selection.has(stream) or is_made_by_muxer(stream):
+                    continue
+                choices = candidates(stream, self._out, selection)
+                if choices:
+                    wanted[stream.index] = choices
+                else:
+                    self._leave_out(stream)
+            self._try_picture(segment)
+            best = {index: choices[0] for index, choices in wanted.items()}
+            if best and self._failure(segment, best):
+                best = {}
+                for index, choices in wanted.items():
+                    form = self._first_that_works(segment, source.streams[index], choices)
+                    if form:
+                        best[index] = form
+                if failure := self._failure(segment, best):
+                    raise UpscaleError(
+                        f"{self._out.suffix} files cannot hold all streams of {self._source.path} together "
+                        f"({failure}): name the output .mkv, or leave some out with --streams"
+                    )
+        self._decided = best
+        return best
+
+    def _try_picture(self, segment: Path) -> None:
+        failure = self._failure(segment, {})
+        if failure:
+            with av.open(str(segment)) as container:
+                codec = container.streams.video[0].name
+            what = f"{self._out.suffix} files cannot hold {codec} pictures"
+            if self._out.suffix.lower() == ".mkv":
+                raise UpscaleError(f"{what} like these ({failure}): choose another --codec")
+            raise UpscaleError(f"{what}: name the output .mkv, which holds all ({failure})")
+
+    def _first_that_works(self, segment: Path, stream: Stream, choices: Sequence[str]) -> str | None:
+        """The form in which the container holds a stream; None: in none, which is said.
+
+        Raises:
+            UpscaleError: The stream would be missed, and another choice can keep it.
+        """
+        failure = ""
+        for form in choices:
+            failure = self._failure(segment, {stream.index: form})
+            if not failure:
+                if form != choices[0]:
+                    log.warning("%s is converted to %s, styles may change", describe(stream), form)
+                return form
+        what = f"{self._out.suffix} files cannot hold {describe(stream)} of {self._source.path} ({failure})"
+        if stream.type == "audio":
+            other = "" if self._out.suffix.lower() == ".mkv" else "name the output .mkv, or "
+            raise UpscaleError(f"{what}: {other}{CURE_OF_AUDIO}")
+        if stream.type in ("subtitle", "attachment") and self._is_held_by_matroska(segment, stream):
+            cure = f"name the output .mkv, or leave it out with --streams -{stream.index}"
+            raise UpscaleError(f"{what}: {cure}")
+        self._leave_out(stream)
+        return None
+
+    def _is_held_by_matroska(self, segment: Path, stream: Stream) -> bool:
+        if self._out.suffix.lower() == ".mkv":
+            return False
+        out = self._out.with_suffix(".mkv")
+        try:
+            return not Muxer(out, self._source, self._picture)._failure(segment, {stream.index: COPY})
+        finally:
+            out.unlink(missing_ok=True)
+
+    def _leave_out(self, stream: Stream) -> None:
+        if stream.index not in self._told:
+            self._told.add(stream.index)
+            log.warning("left out %s", describe(stream))
+
+    def _not_empty(self, segment: Path, forms: Forms, contents: Contents, is_whole: bool) -> Forms:
+        """Leave out streams without packets where the container does, or a part of the clip has none."""
+        if is_whole and self._out.suffix.lower() not in MP4_FAMILY:
+            return forms
+        with self._opened(segment).open() as source:
+            for index, found in contents.items():
+                if not found and not is_cover(source.streams[index]):
+                    self._leave_out(source.streams[index])
+        return {index: form for index, form in forms.items() if contents.get(index, True)}
+
+    def _failure(self, segment: Path, forms: Forms) -> str:
+        """Try to write some frames with some streams; returns why it fails, or nothing."""
+        count = count_frames(segment)
+        tick = max(1, round(1 / (self._picture.rate * self._picture.time_base)))
+        times = Times(self._picture.time_base, [n * tick for n in range(count)], tick)
+        try:
+            sent = self._write([segment], times, forms, EVERYTHING, REHEARSED_PACKETS)
+            written = forms
+            if self._out.suffix.lower() in MP4_FAMILY:  # where a stream without packets vanishes
+                written = {index: form for index, form in forms.items() if sent.get(index, True)}
+            source = self._opened(segment)
+            verify(self._out, source, self._picture, self._selection, written, times, EVERYTHING, sent)
+        except Exception as err:  # whatever muxers, and PyAV on the way to them, make of a stream
+            return str(err) if isinstance(err, UpscaleError) else reason_of(err)
+        return ""
+
+    # Writing
+
+    def _write(
+        self, segments: Sequence[Path], times: Times, forms: Forms, span: Span, most: int | None = None
+    ) -> Contents:
+        """Write a file; returns what of each stream went in."""
+        sent: Contents = {}
         with ExitStack() as files:
-            source, out, picture_stream, copies = self._lay_out(files, segments[0], span)
+            layout = Layout(
+                files,
+                self._opened(segments[0]),
+                segments[0],
+                self._out,
+                self._picture,
+                self._selection,
+                forms,
+                span,
+            )
             packets = heapq.merge(
-                _copied(source, copies, span),
-                self._picture_packets(segments, times, picture_stream),
+                _copied(layout, span, most, sent),
+                self._picture_packets(segments, times, layout.picture_stream),
                 key=_decoding_time_s,
             )
+            clock = Clock(bool(layout.out.format.flags & MAY_REPEAT))
             for packet in packets:
-                out.mux(packet)
-        self._verify(segments[0], times, span)
-
-    def _lay_out(
-        self, files: ExitStack, segment: Path, span: Span
-    ) -> tuple[InputContainer, OutputContainer, VideoStream, dict[int, Stream]]:
-        """Open the files and write the header; copies maps a source stream's index to its copy."""
-        source = files.enter_context(self._reopened(segment))
-        first = files.enter_context(av.open(segment))
-        try:
-            out = files.enter_context(av.open(self._out, "w", container_options=self._container_options()))
-        except ValueError as err:
-            raise UpscaleError(
-                f"expected a file name such as out.mp4 or out.mkv, found {self._out.suffix or 'no suffix'}"
-            ) from err
-        main = main_stream(source)
-        copies: dict[int, Stream] = {}
-        picture_stream = None
-        for stream in source.streams:
-            if stream is main:
-                picture_stream = self._add(out, first.streams.video[0], stream)
-                picture_stream.time_base = self._picture.time_base
-                tag_stream(picture_stream, self._picture)  # NUT, where FFV1's segments lie, keeps no tags
-                picture_stream.set_display_matrix(self._picture.display_matrix)
-                if out.format.name in QUICKTIME_FAMILY and picture_stream.name == "hevc":
-                    picture_stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
-            elif _is_copied(stream):
-                copies[stream.index] = self._add(out, stream, stream)
-            elif not _is_rewritten(stream) and stream.index not in self._told:
-                self._told.add(stream.index)
-                log.warning(
-                    "left out stream %d (%s)", stream.index, f"{stream.type} {stream.name or ''}".strip()
-                )
-        assert picture_stream is not None
-        out.metadata.update({k: v for k, v in source.metadata.items() if k not in STALE_TAGS})
-        out.set_chapters(span.chapters(source))
-        try:
-            out.start_encoding()
-        except av.FFmpegError as err:
-            names = ", ".join(f"{stream.type} {stream.name}" for stream in out.streams)
-            raise UpscaleError(
-                f"{self._out.suffix} files cannot hold all of {names} ({err.strerror}): name the output .mkv"
-            ) from err
-        return source, out, picture_stream, copies
-
-    def _reopened(self, segment: Path) -> InputContainer:
-        """The source once more; a pipe is gone, and had no more in it than a segment has."""
-        return (Source(segment) if self._source.is_pipe else self._source).open()
-
-    def _container_options(self) -> dict[str, str]:
-        suffix = self._out.suffix.lower()
-        if suffix in (".mp4", ".mov", ".m4v"):
-            # A picture that starts late is written as a pause in the movie's time scale: milliseconds
-            # unless told otherwise, and the start would be rounded.
-            return {"movflags": "+faststart", "movie_timescale": str(self._picture.time_base.denominator)}
-        if suffix in (".mkv", ".webm"):
-            # Audio that starts before zero, as AAC's priming does, would shift everything.
-            return {"avoid_negative_ts": "disabled"}
-        return {}
-
-    def _add(self, out: OutputContainer, template: AnyStream, original: Stream) -> AnyStream:
-        try:
-            copy = out.add_stream_from_template(template, opaque=True)
-        except ValueError as err:
-            what = (
-                f"stream {original.index} of {self._source.path} ({original.type}, {template.name})"
-                if template is original
-                else f"{template.name} pictures"
-            )
-            raise UpscaleError(
-                f"{self._out.suffix} files cannot hold {what}: name the output .mkv, which holds all"
-            ) from err
-        copy.metadata.update({k: v for k, v in original.metadata.items() if k not in STALE_TAGS})
-        copy.disposition = original.disposition
-        return copy
+                clock.set(packet)
+                layout.out.mux(packet)
+        return sent
 
     def _picture_packets(
         self, segments: Sequence[Path], times: Times, out_stream: VideoStream
@@ -157,7 +236,7 @@ class Muxer:
         """Packets of all segments in a row, with the times of the clip."""
         start = 0
         for path in segments:
-            with av.open(path) as segment:
+            with av.open(str(path)) as segment:
                 stream = segment.streams.video[0]
                 ticks = 1 / (self._picture.rate * (stream.time_base or 1))  # per frame
                 count = 0
@@ -173,67 +252,50 @@ class Muxer:
                     yield packet
             start += count
 
-    def _verify(self, segment: Path, times: Times, span: Span) -> None:
-        """Read the written file back and compare: streams, what is in them, frame times, chapters, shape."""
 
-        def expect(what: str, expected: object, found: object) -> None:
-            if expected != found:
-                raise UpscaleError(f"{self._out} is not right: expected {what} {expected}, found {found}")
+class Clock:
+    """Decoding times of each stream that never step back, which muxers refuse; as FFmpeg mends them."""
 
-        with av.open(self._out) as out, self._reopened(segment) as source:
-            old, new = main_stream(source), main_stream(out)
-            kept = [stream.type for stream in source.streams if stream is old or _is_copied(stream)]
-            expect("streams", kept, [s.type for s in out.streams if s is new or _is_copied(s)])
-            expect("chapters", len(span.chapters(source)), len(out.chapters()))
-            aspect = self._picture.sample_aspect_ratio
-            expect("sample aspect ratio", aspect or 1, new.sample_aspect_ratio or 1)
-            shown = sorted(packet.pts for packet in out.demux(new) if packet.size and packet.pts is not None)
-            expect("frames", len(times.pts), len(shown))
-            for index, (pts, frame) in enumerate(zip(shown, times.pts, strict=True)):
-                assert new.time_base is not None
-                if abs(pts * new.time_base - frame * times.time_base) > new.time_base / 2:
-                    expect(f"time of frame {index + 1}", frame * times.time_base, pts * new.time_base)
-        with av.open(self._out) as out, self._reopened(segment) as source:
-            expect("packets per stream", _contents(source, span), _contents(out, EVERYTHING))
+    def __init__(self, may_repeat: bool) -> None:
+        self._least = 0 if may_repeat else 1  # ticks from packet to packet
+        self._last: dict[int, int] = {}  # in ticks of the stream
 
-
-def _contents(container: InputContainer, span: Span) -> list[tuple[str, int]]:
-    """How much is in every copied stream: packets, or bytes of PCM, which is cut into packets at will."""
-    streams = [stream for stream in container.streams if _is_copied(stream) and stream.type != "attachment"]
-    found = {stream.index: 0 for stream in streams}
-    for packet in container.demux(streams) if streams else ():
-        if packet.size and not _is_gap(packet) and span.has(packet):
-            is_pcm = (packet.stream.name or "").startswith("pcm_")
-            found[packet.stream.index] += packet.size if is_pcm else 1
-    return [(stream.type, found[stream.index]) for stream in streams]
+    def set(self, packet: Packet[Any]) -> None:
+        """Mend a packet's times (mux_fixup_ts in ffmpeg_mux.c)."""
+        tick = packet.stream.time_base
+        last = self._last.get(packet.stream_index)
+        if packet.dts is None:
+            packet.dts = packet.pts
+        if packet.dts is None:  # as of a container that has no times
+            packet.pts = packet.dts = round((0 if last is None else last + 1) * tick / packet.time_base)
+        dts = round(packet.dts * packet.time_base / tick)
+        if last is not None and dts < last + self._least:
+            pts = dts if packet.pts is None else round(packet.pts * packet.time_base / tick)
+            duration = round((packet.duration or 0) * packet.time_base / tick)
+            packet.time_base, packet.duration = tick, duration
+            dts = last + self._least
+            packet.pts, packet.dts = max(pts, dts), dts
+        elif packet.pts is not None and packet.pts < packet.dts:
+            packet.pts = packet.dts
+        self._last[packet.stream_index] = dts
 
 
-def _is_gap(packet: Packet[Any]) -> bool:
-    """Whether a packet says that no subtitle is shown; MP4's muxer writes these by itself."""
-    return packet.stream.name == "mov_text" and bytes(packet) == b"\0\0"
-
-
-def _is_copied(stream: Stream) -> bool:
-    if stream.type == "video":
-        return bool(stream.disposition & Disposition.attached_pic)
-    return stream.type in ("audio", "subtitle", "attachment")
-
-
-def _is_rewritten(stream: Stream) -> bool:
-    """Whether the muxer makes such a stream anew: MP4's chapters from chapters, a timecode from its tag."""
-    return stream.name == "bin_data" or (stream.type == "data" and "timecode" in stream.metadata)
-
-
-def _copied(source: InputContainer, copies: dict[int, Stream], span: Span) -> Iterator[Packet[Any]]:
-    streams = [source.streams[index] for index in copies if source.streams[index].type != "attachment"]
-    for packet in source.demux(streams) if streams else ():
-        if packet.size and not _is_gap(packet) and span.has(packet):  # of size 0 at the end, as PyAV tells it
-            if packet.dts is None:
-                packet.dts = packet.pts
+def _copied(layout: Layout, span: Span, most: int | None, sent: Contents) -> Iterator[Packet[Any]]:
+    """Packets of all other streams as the output has them; ``sent`` counts what they are made from."""
+    streams = [stream for stream in layout.source.streams if stream.type != "attachment"]
+    kept = [stream for stream in streams if stream.index in layout.tracks]
+    sent.update({stream.index: 0 for stream in kept})
+    # A rehearsal counts all packets: of rare ones alone it would have to read the whole file.
+    for packet in islice(packets_of(layout.source, kept if most is None else streams), most):
+        track = layout.tracks.get(packet.stream_index)
+        # Packets of size 0 are the end, as PyAV tells it.
+        if track and packet.size and not is_pause(packet) and span.has(packet):
+            sent[packet.stream_index] += amount_of(packet)
             span.shift(packet)
-            packet.stream = copies[packet.stream.index]
-            yield packet
+            yield from track.packets(packet)
+    for track in layout.tracks.values():
+        yield from track.rest()
 
 
-def _decoding_time_s(packet: Packet[Any]) -> float:
-    return float((packet.dts or 0) * packet.time_base)
+def _decoding_time_s(packet: Packet[Any]) -> Fraction:
+    return (packet.dts if packet.dts is not None else packet.pts or 0) * packet.time_base

@@ -34,6 +34,11 @@ class Source:
         """Whether it can be read only once."""
         return self.path == PIPE
 
+    @property
+    def is_stills(self) -> bool:
+        """Whether it is a still image or a folder of them."""
+        return self.path.is_dir() or self.path.suffix.lower() in IMAGE_SUFFIXES
+
     def files(self) -> list[Path]:
         """The file, or the images of the folder in order.
 

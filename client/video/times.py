@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from av.container import InputContainer
 from av.packet import Packet
 
+from .streams import is_cover
+
 if TYPE_CHECKING:
     from av.container.core import Chapter  # exists for type checkers only
 
@@ -41,34 +43,43 @@ class Times:
 
 @dataclass(frozen=True)
 class Span:
-    """The part of a source, in seconds of its own clock, that is kept and begins the output."""
+    """The part of a source that is kept, in seconds of its own clock, and what is zero in the output."""
 
     start_s: Fraction | None
-    """None: from the first packet, and no clock is changed."""
+    """None: from the first packet to the last."""
     end_s: Fraction | None
+    origin_s: Fraction = Fraction(0)
+    """What is zero in the output."""
 
     def has(self, packet: Packet[Any]) -> bool:
-        """Whether a packet belongs to it; a cover belongs everywhere."""
+        """Whether a packet belongs to it; a cover belongs everywhere, a subtitle while it is shown."""
         if self.start_s is None or self.end_s is None or packet.stream.type == "video":
             return True
-        return self.start_s <= (packet.pts or 0) * packet.time_base < self.end_s
+        time_s = (packet.pts or 0) * packet.time_base
+        shown_s = (packet.duration or 0) * packet.time_base if packet.stream.type == "subtitle" else 0
+        return time_s < self.end_s and (time_s >= self.start_s or time_s + shown_s > self.start_s)
 
     def shift(self, packet: Packet[Any]) -> None:
-        """Let a packet's clock begin with it."""
-        if self.start_s is not None and packet.stream.type != "video":
-            ticks = round(self.start_s / packet.time_base)
-            packet.pts, packet.dts = (packet.pts or 0) - ticks, (packet.dts or 0) - ticks
+        """Let a packet's clock begin with the output's."""
+        if not self.origin_s or is_cover(packet.stream):
+            return
+        ticks = round(self.origin_s / packet.time_base)
+        packet.pts = None if packet.pts is None else packet.pts - ticks
+        packet.dts = None if packet.dts is None else packet.dts - ticks
+        if self.start_s is not None and packet.stream.type == "subtitle" and (packet.pts or 0) < 0:
+            packet.duration = (packet.duration or 0) + (packet.pts or 0)  # on screen when the part begins
+            packet.pts = packet.dts = 0
 
     def chapters(self, source: InputContainer) -> list[Chapter]:
         """The chapters in it, cut at its ends."""
         kept = source.chapters()
-        if self.start_s is None or self.end_s is None:
-            return kept
         for chapter in kept:
             tick = chapter["time_base"] or Fraction(1)
-            start, end = round(self.start_s / tick), round(self.end_s / tick)
-            chapter["start"] = max(chapter["start"], start) - start
-            chapter["end"] = min(chapter["end"], end) - start
+            origin = round(self.origin_s / tick)
+            if self.start_s is not None and self.end_s is not None:
+                chapter["start"] = max(chapter["start"], round(self.start_s / tick))
+                chapter["end"] = min(chapter["end"], round(self.end_s / tick))
+            chapter["start"], chapter["end"] = chapter["start"] - origin, chapter["end"] - origin
         return [chapter for chapter in kept if chapter["start"] < chapter["end"]]
 
 

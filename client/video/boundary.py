@@ -1,0 +1,50 @@
+"""The boundary to PyAV and FFmpeg: whatever they raise over a clip becomes that clip's error.
+
+PyAV raises more than its own errors over unusual files: values that its enumerations do not know
+(ValueError), streams without a codec (AttributeError), numbers that C integers cannot hold (OverflowError).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from ..errors import UpscaleError
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def media_errors(what_fails: str, remedy: str = "check that it plays") -> Iterator[None]:
+    """Turn every error in this block into one line about the clip.
+
+    Args:
+        what_fails: Such as ``cannot read in.mp4``.
+        remedy: What the user may do about it.
+
+    Raises:
+        UpscaleError: For any error but one that is an UpscaleError already.
+    """
+    try:
+        yield
+    except UpscaleError:
+        raise
+    except Exception as err:
+        raise UpscaleError(f"{what_fails} ({reason_of(err)}): {remedy}") from err
+
+
+def guarded(items: Iterator[Item], what_fails: str) -> Iterator[Item]:
+    """Pass items on; an error while one is fetched is one line about the clip."""
+    while True:
+        with media_errors(what_fails):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+def reason_of(err: Exception) -> str:
+    """FFmpeg's or the system's words for an error, or Python's name of it."""
+    return str(getattr(err, "strerror", None) or f"{type(err).__name__}: {err}")

@@ -1,0 +1,105 @@
+"""Read a written file back and compare it with what should be in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Stream
+
+from ..errors import UpscaleError
+from .clock import packets_of
+from .decode import Picture
+from .layout import Forms, in_order
+from .source import Source
+from .streams import Selection, is_cover, is_made_by_muxer, main_stream
+from .times import EVERYTHING, Span, Times
+from .tracks import AUDIO_CODECS
+
+Contents = dict[int, int]
+"""How much of each stream: packets, or bytes of PCM, which is cut into packets at will."""
+
+
+def amount_of(packet: Packet[Any]) -> int:
+    """What a packet counts for."""
+    context = packet.stream.codec_context
+    return packet.size if context is not None and context.name.startswith("pcm_") else 1
+
+
+def is_pause(packet: Packet[Any]) -> bool:
+    """Whether a packet says that no subtitle is shown; MP4's muxer writes these by itself."""
+    context = packet.stream.codec_context
+    return context is not None and context.name == "mov_text" and bytes(packet) == b"\0\0"
+
+
+def contents_of(container: InputContainer, forms: Forms, span: Span) -> Contents:
+    """Count what an output takes from a source."""
+    kept = [stream for stream in container.streams if stream.index in forms]
+    return _count(container, [stream for stream in kept if stream.type != "attachment"], span)
+
+
+def _count(container: InputContainer, streams: list[Stream], span: Span) -> Contents:
+    found = {stream.index: 0 for stream in streams}
+    for packet in packets_of(container, streams):
+        if packet.size and not is_pause(packet) and span.has(packet):
+            found[packet.stream_index] += amount_of(packet)
+    return found
+
+
+def verify(
+    path: Path,
+    source: Source,
+    picture: Picture,
+    selection: Selection,
+    forms: Forms,
+    times: Times,
+    span: Span,
+    contents: Contents,
+) -> None:
+    """Compare a written file: streams, what is in them, frame times, chapters, shape of pixels.
+
+    Args:
+        path: The file.
+        source: Where everything but the picture comes from.
+        picture: What it should be like.
+        selection: Which of the source's streams are wanted.
+        forms: Which of them the file has, and how.
+        times: Of its frames.
+        span: What part of the source it has.
+        contents: How much of each stream of the source it has.
+
+    Raises:
+        UpscaleError: Something is not as it should be.
+    """
+
+    def expect(what: str, expected: object, found: object) -> None:
+        if expected != found:
+            raise UpscaleError(f"{path} is not right: expected {what} {expected}, found {found}")
+
+    with av.open(str(path), metadata_errors="replace") as out, source.open() as old:
+        main, new = main_stream(old, selection), main_stream(out)
+        kept = in_order(old, selection, forms)
+        has_data = any(stream.type == "data" for stream in kept)
+        there = [s for s in out.streams if s.type != "data" or (has_data and not is_made_by_muxer(s))]
+        expect("streams", [stream.type for stream in kept], [stream.type for stream in there])
+        expect("chapters", len(span.chapters(old)), len(out.chapters()))
+        expect("sample aspect ratio", picture.sample_aspect_ratio or 1, new.sample_aspect_ratio or 1)
+        shown = sorted(packet.pts for packet in out.demux(new) if packet.size and packet.pts is not None)
+        expect("frames", len(times.pts), len(shown))
+        for index, (pts, frame) in enumerate(zip(shown, times.pts, strict=True)):
+            assert new.time_base is not None
+            if abs(pts * new.time_base - frame * times.time_base) > new.time_base / 2:
+                expect(f"time of frame {index + 1}", frame * times.time_base, pts * new.time_base)
+        copies = {
+            one.index: copy.index
+            for one, copy in zip(kept, there, strict=True)
+            if one is not main and one.type != "attachment" and not is_cover(one)
+        }
+    with av.open(str(path), metadata_errors="replace") as out:
+        found = _count(out, [out.streams[copy] for copy in copies.values()], EVERYTHING)
+    for index, copy in copies.items():
+        if forms[index] not in AUDIO_CODECS:
+            expect(f"packets of stream {copy}", contents[index], found[copy])
