@@ -132,14 +132,14 @@ a_file = click.Path(path_type=Path)
     "--streams",
     type=streams,
     metavar="N,N",
-    help="Numbers of IN's streams: 0,1 keeps these; -2 leaves it out.",
+    help="Streams of IN by number: 0,1 alone; -2: all but 2.",
 )
 @on_input(
     "--deinterlace",
     type=click.Choice(DEINTERLACE),
     default=OFF,
     metavar="WHICH",
-    help=f"off; auto: frames that say they are interlaced; on: all [{OFF}].",
+    help=f"auto: frames marked interlaced; on: all [{OFF}].",
 )
 @on_input("--allow-hdr", is_flag=True, help="Upscale PQ and HLG clips too, in 8 bits.")
 @on_input("--allow-damage", is_flag=True, help="Accept that frames cannot be read.")
@@ -150,7 +150,7 @@ a_file = click.Path(path_type=Path)
 @on_output("--preset", metavar="NAME", help="Speed of the encoder, in its own words.")
 @on_output("--pix-fmt", metavar="NAME", help="Pixel format, such as yuv420p10le.")
 @on_output("--final-size", type=height_and_width, metavar="WxH", help="Such as 3840x2160; else 4 times IN's.")
-@on_output("--square-pixels", is_flag=True, help="Stretch a picture whose pixels are not square.")
+@on_output("--square-pixels", is_flag=True, help="Stretch the picture of an anamorphic clip.")
 @on_output(
     "--audio",
     type=click.Choice(("copy", "none", *AUDIO_CODECS)),

@@ -18,7 +18,7 @@ from ..errors import UpscaleError
 from .decode import Picture
 from .encode import tag_stream
 from .source import Source
-from .streams import Selection, is_cover, is_made_by_muxer, main_stream
+from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import Span
 from .tracks import (
     ATTACH,
@@ -95,6 +95,7 @@ class Layout:
         span: Span,
     ) -> None:
         self.source = files.enter_context(source.open())
+        read_all(self.source)
         first = files.enter_context(av.open(str(segment)))
         self.out = files.enter_context(av.open(str(out), "w", container_options=_options(out, picture)))
         main = main_stream(self.source, selection)

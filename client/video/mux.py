@@ -23,7 +23,16 @@ from .clock import MAY_REPEAT, packets_of
 from .decode import Picture
 from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix
 from .source import Source
-from .streams import EVERY_STREAM, Selection, count_frames, describe, is_cover, is_made_by_muxer, main_stream
+from .streams import (
+    EVERY_STREAM,
+    Selection,
+    count_frames,
+    describe,
+    is_cover,
+    is_made_by_muxer,
+    main_stream,
+    read_all,
+)
 from .times import EVERYTHING, Span, Times
 from .tracks import COPY
 from .verify import Contents, amount_of, contents_of, is_pause, verify
@@ -83,6 +92,7 @@ class Muxer:
         if span.origin_s:
             times = replace(times, pts=[pts - times.pts[0] for pts in times.pts])
         with self._opened(segments[0]).open() as container:
+            read_all(container)
             contents = contents_of(container, forms, span)
         forms = self._not_empty(segments[0], forms, contents, is_whole)
         self._write(segments, times, forms, span)

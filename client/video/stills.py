@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +47,8 @@ class StillTags:
 def tags_of(path: Path) -> StillTags:
     """Read an image's tags; what cannot be read or kept is said and left out."""
     try:
-        with Pillow.open(path) as image:
+        with warnings.catch_warnings(), Pillow.open(path) as image:
+            warnings.simplefilter("error", UserWarning)  # as Pillow tells of broken tags
             profile = image.info.get("icc_profile") or b""
             exif = image.getexif()
             orientation = exif.pop(ORIENTATION, UPRIGHT)

@@ -93,7 +93,15 @@ def is_made_by_muxer(stream: Stream) -> bool:
     """Whether the muxer makes such a stream anew: MP4's chapters from chapters, a timecode from its tag."""
     if stream.type != "data":
         return False
-    return "timecode" in stream.metadata or (stream.name == "bin_data" and stream.discard == Discard.all)
+    is_unread = stream.name == "bin_data" and stream.discard == Discard.all
+    return "timecode" in stream.metadata or (is_unread and bool(stream.container.chapters()))
+
+
+def read_all(container: InputContainer) -> None:
+    """Have FFmpeg read data streams that it would skip, as short ones of cameras, but for chapters."""
+    for stream in container.streams:
+        if stream.type == "data" and stream.discard == Discard.all and not is_made_by_muxer(stream):
+            stream.discard = Discard.default
 
 
 def describe(stream: Stream) -> str:

@@ -15,7 +15,7 @@ from .clock import packets_of
 from .decode import Picture
 from .layout import Forms, in_order
 from .source import Source
-from .streams import Selection, is_cover, is_made_by_muxer, main_stream
+from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import EVERYTHING, Span, Times
 from .tracks import AUDIO_CODECS
 
@@ -99,6 +99,7 @@ def verify(
             if one is not main and one.type != "attachment" and not is_cover(one)
         }
     with av.open(str(path), metadata_errors="replace") as out:
+        read_all(out)
         found = _count(out, [out.streams[copy] for copy in copies.values()], EVERYTHING)
     for index, copy in copies.items():
         if forms[index] not in AUDIO_CODECS:

@@ -272,8 +272,8 @@ def test_a_container_that_cannot_hold_a_stream_is_refused_before_the_work(tmp_pa
     before = triton.requests
     result = run_client(film, tmp_path / "out.mp4", "--url", triton.url)
     assert result.exit_code == 1
-    assert f".mp4 files cannot hold stream 3 of {film} (subtitle, " in result.output
-    assert "name the output .mkv" in result.output
+    assert f".mp4 files cannot hold stream 4 (attachment letters.ttf) of {film}" in result.output
+    assert "name the output .mkv, or leave it out with --streams -4" in result.output
     assert triton.requests == before
     assert not (tmp_path / "out.mp4.part").exists()
 
