@@ -7,31 +7,25 @@ PyAV raises more than its own errors over unusual files: values that its enumera
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from ..errors import UpscaleError
+from ..stages import stage
 
 Item = TypeVar("Item")
 
 
-@contextmanager
-def media_errors(what_fails: str, remedy: str = "check that it plays") -> Iterator[None]:
-    """Turn every error in this block into one line about the clip.
+def media_errors(what_fails: str, remedy: str = "check that it plays") -> AbstractContextManager[None]:
+    """Turn every error in a block into one line about the clip.
 
     Args:
         what_fails: Such as ``cannot read in.mp4``.
         remedy: What the user may do about it.
 
     Raises:
-        UpscaleError: For any error but one that is an UpscaleError already.
+        UpscaleError: For any error.
     """
-    try:
-        yield
-    except UpscaleError:
-        raise
-    except Exception as err:
-        raise UpscaleError(f"{what_fails} ({reason_of(err)}): {remedy}") from err
+    return stage(what_fails, remedy, kinds=(Exception,))
 
 
 def guarded(items: Iterator[Item], what_fails: str) -> Iterator[Item]:
@@ -43,8 +37,3 @@ def guarded(items: Iterator[Item], what_fails: str) -> Iterator[Item]:
             except StopIteration:
                 return
         yield item
-
-
-def reason_of(err: Exception) -> str:
-    """FFmpeg's or the system's words for an error, or Python's name of it."""
-    return str(getattr(err, "strerror", None) or f"{type(err).__name__}: {err}")

@@ -18,7 +18,7 @@ from av.stream import Stream
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
-from .boundary import reason_of
+from ..stages import reason_of
 from .clock import MAY_REPEAT, packets_of
 from .decode import Picture
 from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix

@@ -47,17 +47,18 @@ class StillTags:
 def tags_of(path: Path) -> StillTags:
     """Read an image's tags; what cannot be read or kept is said and left out."""
     try:
-        with warnings.catch_warnings(), Pillow.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # as Pillow tells of broken tags
-            profile = image.info.get("icc_profile") or b""
-            exif = image.getexif()
-            orientation = exif.pop(ORIENTATION, UPRIGHT)
-            details = exif.get_ifd(EXIF_IFD)
-            for tag in SIZE_TAGS:
-                details.pop(tag, None)
-            # All tags of a TIFF file look like EXIF: its rows and strips are no longer those of the output.
-            is_kept = bool(exif) and image.format != "TIFF"
-            kept = exif.tobytes().removeprefix(b"Exif\0\0") if is_kept else b""
+            with Pillow.open(path) as image:
+                profile = image.info.get("icc_profile") or b""
+                exif = image.getexif()
+                orientation = exif.pop(ORIENTATION, UPRIGHT)
+                details = exif.get_ifd(EXIF_IFD)
+                for tag in SIZE_TAGS:
+                    details.pop(tag, None)
+                # All tags of a TIFF file look like EXIF: its rows and strips are not those of the output.
+                is_kept = bool(exif) and image.format != "TIFF"
+                kept = exif.tobytes().removeprefix(b"Exif\0\0") if is_kept else b""
     except Exception as err:  # broken tags of a good image, in as many ways as there are cameras
         log.warning("the tags of %s are left out (%s)", path, err)
         return StillTags()

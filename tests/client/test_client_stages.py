@@ -9,6 +9,8 @@ import av
 import pytest
 from client_fakes import FakeTriton, decoded, pictures, run_client, write_clip
 
+from mst_gan_client.pipeline import REHEARSED_FRAMES
+
 ERRORS = [
     av.error.DecoderNotFoundError(1, "Decoder not found"),
     av.error.InvalidDataError(1, "Invalid data found when processing input"),
@@ -53,7 +55,7 @@ def folder(tmp_path):
 
 def fail_once(monkeypatch, target, error):
     """The first call fails, after that for the rehearsal; returns the list of calls."""
-    number = 2 if target.endswith("frame_from_rgb") else 1
+    number = 1 + REHEARSED_FRAMES if target.endswith("frame_from_rgb") else 1
     module, _, name = target.rpartition(".")
     parent = None if module.rpartition(".")[2][0].isupper() else __import__(module, fromlist=["x"])
     if parent is None:
