@@ -340,8 +340,8 @@ def test_whatever_pyav_raises_is_one_line(tmp_path, triton, film, monkeypatch):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
 def test_sound_that_starts_late_stays_in_step(tmp_path, triton, film, suffix):
     """In MP4 a late start is a pause, counted in a unit that must be fine enough."""
-    source = ffmpeg("-i", film, "-itsoffset", "0.137", "-i", film, "-map", "0:v", "-map", "1:a", "-c", "copy", "-video_track_timescale", "25",
-                    tmp_path / "in.mp4")  # fmt: skip
+    late = ("-itsoffset", "0.137", "-i", film, "-map", "0:v", "-map", "1:a", "-c", "copy")
+    source = ffmpeg("-i", film, *late, "-video_track_timescale", "25", tmp_path / "in.mp4")
     out = upscaled(source, tmp_path / f"out{suffix}", triton)
     before, after = sound_times(source), sound_times(out)
     assert len(before) == len(after)
