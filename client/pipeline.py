@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +18,7 @@ from .errors import UpscaleError
 from .frames.scenes import CutDetector
 from .frames.tiles import Grid
 from .frames.windows import Image, Size, pad, windows
+from .memory import Plan, default_budget, plan_queues
 from .prefetch import Prefetch, Stage
 from .record import InputGuard, Record
 from .resume import ResumeState
@@ -35,9 +35,6 @@ from .video.mux import Muxer
 from .video.source import PIPE, Source
 from .video.streams import EVERY_STREAM, Selection
 from .video.times import Times
-
-FRAMES_AHEAD = 4  # decoded, or waiting for the encoder: enough to even out the stages' pace
-BYTES_AHEAD = 512 << 20  # of them at most: an hr frame of an 8K clip has 1.6 GB
 
 REHEARSED_FRAMES = 3  # enough for an encoder to reorder them
 LARGEST_ASPECT_TERM = 255  # of a pixel's width and height; all encoders can write it
@@ -58,6 +55,8 @@ class Options:
     """The part of the clip to upscale."""
     final_size: Size | None = None
     """(height, width) of the output, if not that of the model."""
+    memory: int | None = None
+    """Bytes for all frames under way, and the encoder; None: a part of what this process may use."""
     transport: str = AUTO
     """How frames pass to the server, one of ``ladder.TRANSPORTS``."""
     restart: bool = False
@@ -160,10 +159,11 @@ class Pipeline:
         shapes: Sizes of the run.
         options: How it is done.
         known: Frames at the beginning that an earlier run has finished.
+        plan: How many frames each queue may hold.
     """
 
     def __init__(
-        self, video: Video, session: Session, shapes: Shapes, options: Options, known: Record
+        self, video: Video, session: Session, shapes: Shapes, options: Options, known: Record, plan: Plan
     ) -> None:
         again = max(0, len(known.pts) - session.contract.window // 2)  # the first that a new window needs
         self.record = known.part(0, again)
@@ -171,14 +171,12 @@ class Pipeline:
         self.record.cuts = [cut for cut in known.cuts if cut <= known.pts[again]]  # later ones are found anew
         self.decode, self.starve, self.pass_on, self.wait = Stage(), Stage(), Stage(), Stage()
         self._video, self._session, self._shapes = video, session, shapes
-        self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range, known)), FRAMES_AHEAD)
+        self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range, known)), plan.lr_frames)
         frames = self.starve.timed(self._frames)
         is_cut = CutDetector(options.scene_threshold, self.record.cuts)
         shots = islice(windows(frames, session.contract.window, is_cut), len(known.pts) - again, None)
         lr_windows = ([frame.image for frame in window] for window in shots)
-        hr_bytes = 3 * math.prod(shapes.layout.hr)
-        depth = min(FRAMES_AHEAD, max(1, BYTES_AHEAD // hr_bytes))
-        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), depth)
+        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), plan.hr_frames)
 
     def _lr_frames(self, wanted: Range, known: Record) -> Iterator[Frame]:
         record = self.record
@@ -285,7 +283,7 @@ class Run:
             if not part.segments():
                 rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
             known = part.record()
-            hr_frames = self._start(dst, known)
+            hr_frames = self._start(dst, known, options.encoding.codec.encoder)
             try:
                 self._write_segments(part, hr_frames, options.encoding, guard)
                 self._check_all_came()
@@ -318,7 +316,7 @@ class Run:
 
     def stream(self, dst: Path) -> None:
         """Write y4m to standard output."""
-        hr_frames = self._start(dst, Record())
+        hr_frames = self._start(dst, Record(), "rawvideo")
         try:
             with encoding_stage():
                 write_y4m(hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
@@ -330,14 +328,30 @@ class Run:
         finally:
             self._feed.close()
 
-    def _start(self, dst: Path, known: Record) -> Iterator[Image]:
+    def _start(self, dst: Path, known: Record, encoder: str) -> Iterator[Image]:
         """Set the stages going; yields hr frames from the first that is not finished."""
         self._started_s = time.monotonic()
         self._finished = len(known.pts)
+        plan = self._plan(encoder)
+        self._session.limit(plan.windows)
         _say_how(self._session, self._shapes.layout.grid, self._options)
         self._watcher.started(dst, self._video.frames_expected(self._options.range), self._finished)
-        self._feed = Pipeline(self._video, self._session, self._shapes, self._options, known)
+        self._feed = Pipeline(self._video, self._session, self._shapes, self._options, known, plan)
         return self._counted(self._feed)
+
+    def _plan(self, encoder: str) -> Plan:
+        """How many frames each queue may hold."""
+        layout, contract = self._shapes.layout, self._session.contract
+        budget = self._options.memory or default_budget()
+        numbers = contract.window, contract.scale, self._session.in_flight
+        plan = plan_queues(budget, layout.padded, layout.grid, *numbers, encoder)
+        if plan.bytes > budget:
+            log.warning(
+                "frames of this size take about %.1f GB, %.1f GB are to be used: one at a time is under way, "
+                "see --memory",
+                *(plan.bytes / 1e9, budget / 1e9),
+            )
+        return plan
 
     def _counted(self, feed: Pipeline) -> Iterator[Image]:
         for image in feed:
