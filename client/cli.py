@@ -24,11 +24,12 @@ from .options import (
     streams,
     topic_options,
 )
-from .pipeline import Options, Result, upscale
+from .pipeline import Options, Result
 from .progress import ConsoleProgress, JsonProgress, Progress
 from .reports.compare import check_target
 from .reports.compare import compare as compare_clips
 from .reports.html_report import check_reference, write_page
+from .run import upscale
 from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
 from .serving.server import DEFAULT_URL
@@ -182,7 +183,7 @@ a_file = click.Path(path_type=Path)
     "--memory",
     type=byte_count,
     metavar="SIZE",
-    help="For frames and encoder, such as 2G [a quarter of it all].",
+    help="For frames under way, such as 2G [a quarter of all].",
 )
 @on_run("--restart", is_flag=True, help="Throw away what an unfinished run left beside OUT.")
 @on_run("--dry-run", is_flag=True, help="Try a few frames; estimate time and size.")
