@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_network import LIGHT
 from torch import Tensor
 
 from export.data.clips import Clip
@@ -24,6 +25,8 @@ from export.training.gpu import CropOffsets, CudaGraphUpdate, GpuFootage, offset
 from export.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def photos(clips: list[Clip]) -> list[Clip]:
 
 
 def config(**changes: object) -> Config:
-    small = {"widths": "student", "steps": 6, "batch": 2, "patch": 64, "warmup": 2, "bf16": False}
+    small = {"widths": LIGHT.name, "steps": 6, "batch": 2, "patch": 64, "warmup": 2, "bf16": False}
     return Config(**{**small, **changes})  # type: ignore[arg-type]
 
 
