@@ -2,6 +2,7 @@
 
 import csv
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_compiled_network_computes_the_same(
     footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced as on a GPU, run without a compiler."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # torch's cache
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
     clips = load_folder(footage, tmp_path / "cache", min_side=64)
