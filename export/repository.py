@@ -238,6 +238,10 @@ def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.Mod
             preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=spec.MAX_QUEUE_DELAY_US
         ),
         model_warmup=[_warmup(f"batch_{batch}", stage, batch, size) for batch, size in ONNX_WARMUPS],
+        # For a clear refusal by the embedded server; NVIDIA's backends do not look at it.
+        parameters={"multiple_of": pb.ModelParameter(string_value=str(spec.MULTIPLE_OF))}
+        if stage.inputs[0] == spec.LR_WINDOW
+        else {},
     )
 
 

@@ -179,7 +179,7 @@ def test_an_instance_that_triton_gave_up_on_gives_no_answer(busy_repository: Pat
     """Triton would take its late answer for the one to the next request, and then crash."""
     with serving(busy_repository, tmp_path / "log") as busy:
         instance = busy.instance()
-        abandoned = busy.ask_and_see_it_at_work(30_000)
+        abandoned = busy.ask_and_see_it_at_work(100_000)
         instance.suspend()
         try:
             refusal = abandoned.result(PATIENCE_S)  # Triton waits for a second or two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,7 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The backend's module, loaded from its file as Triton loads it."""
     utils = ModuleType("triton_python_backend_utils")
     utils.Tensor, utils.InferenceResponse, utils.Logger = Tensor, Response, Logger  # type: ignore[attr-defined]
-    utils.TritonError = type("TritonError", (Exception,), {})  # type: ignore[attr-defined]
+    utils.TritonError = type("TritonError", (Exception,), {"INVALID_ARG": 3})  # type: ignore[attr-defined]
     utils.TritonModelException = type("TritonModelException", (Exception,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     Logger.lines.clear()
@@ -157,6 +158,22 @@ def expected(*index: int, rows: int = 1) -> Array:
     return np.tile(np.array([index], np.float32) ** 2 + 0.5, (rows, 1))
 
 
+def test_sizes_that_the_network_does_not_take_are_refused_alone(shim: ModuleType, model_folder: Path) -> None:
+    model = load(shim, model_folder, parameters={"multiple_of": {"string_value": "2"}})
+
+    answers = model.execute([request(1, 2), request(3), request(5, 6), request()])
+
+    assert model.session.batches == [2]
+    assert answers[0].error is answers[2].error is None
+    for answer, found in ((answers[1], "1"), (answers[3], "0")):
+        text, code = answer.error.args
+        assert text == (
+            f"lookup: expected height and width of index in multiples of 2, found {found}: "
+            "pad the frames, repeating their edges, and crop the answer"
+        )
+        assert code == 3
+
+
 def test_requests_of_one_shape_share_one_run(shim: ModuleType, model_folder: Path) -> None:
     model = load(shim, model_folder)
 
@@ -207,7 +224,7 @@ def test_a_failing_request_does_not_fail_its_batch(shim: ModuleType, model_folde
 
     assert model.session.batches == [3, 1, 1, 1]
     np.testing.assert_array_equal(answers[0].tensors["total"], expected(1, 2))
-    assert "lookup:" in str(answers[1].error) and "out of data bounds" in str(answers[1].error)
+    assert re.search(r"lookup failed on index \[1, 2\].* out of data bounds", str(answers[1].error))
     np.testing.assert_array_equal(answers[2].tensors["total"], expected(5, 6))
 
 

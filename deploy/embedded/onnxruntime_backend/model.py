@@ -17,7 +17,10 @@ import mmap
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,10 @@ GPU_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecution
 class ControlBlock(ctypes.Structure):
     """``IPCControlShm`` of triton-inference-server/python_backend (r24.10, src/pb_utils.h), on x86-64."""
 
-    _fields_ = (("flags", ctypes.c_bool * 8), ("mutexes", ctypes.c_char * 80), ("requests", ctypes.c_ssize_t))
+    _fields_ = (
+        ("is_healthy", ctypes.c_bool), ("flags", ctypes.c_bool * 7), ("mutexes", ctypes.c_char * 80),
+        ("requests", ctypes.c_ssize_t),
+    )  # fmt: skip
 
 
 class MessageQueue(ctypes.Structure):
@@ -67,37 +73,69 @@ class MessageQueue(ctypes.Structure):
     )  # fmt: skip
 
 
-class AbandonmentCheck:
-    """Notices that Triton no longer waits for the answer that is being computed.
+class RequestGuard:
+    """Around the work on a request: keeps Triton waiting for the answer, and notices when it does not.
 
-    Triton 2.51 waits a second at a time, and gives up on an instance that did not report in meanwhile (it
-    does every 0.3 s): on a machine that stalls or is paused, or whose clock is set. It answers these requests
-    with an error, but then takes the late answer for that to the *next* requests and reads memory that is
-    free by then: wrong frames first, then a crash. So no answer may be given any more.
+    Triton 2.51 waits for a second at a time, and gives up on an instance that has not said in that second
+    that it is healthy, on a machine that stalls or is paused, or whose clock is set. It answers these
+    requests with an error, but then takes the late answer for that to the *next* requests, and reads memory
+    that is free by then: first wrong frames, then a crash.
 
-    When it gives up it leaves a message in the instance's queue, which is empty as long as it waits.
+    The stub says that it is healthy every 0.3 s, too seldom for a second that is cut short. So this says it
+    more often. When Triton has given up all the same, which leaves a message in the instance's queue, no
+    answer may be given any more, and the server ends.
     """
 
     OBJECT_HEADER_BYTES = 16  # AllocatedShmOwnership, before every object in the region
+    REPORT_S = 0.005
 
-    def __init__(self) -> None:
-        """Map the queue.
+    def __init__(self, name: str) -> None:
+        """Find what the instance shares with Triton.
 
         Raises:
-            OSError, ValueError, IndexError: Not in an instance's process, or of another release.
+            OSError, ValueError, IndexError: This is no instance, or one of another release.
         """
+        self._name = name
         arguments = Path("/proc/self/cmdline").read_bytes().decode().split("\0")
-        region, self.server, control_handle = arguments[2], int(arguments[5]), int(arguments[7])
+        region, self._server, control_handle = arguments[2], int(arguments[5]), int(arguments[7])
         with Path("/dev/shm", region).open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 0)
-        control = ControlBlock.from_buffer(self._memory, control_handle + self.OBJECT_HEADER_BYTES)
-        self._queue = MessageQueue.from_buffer(self._memory, control.requests + self.OBJECT_HEADER_BYTES)
-        if self._queue.size != QUEUE_SIZE or self.is_abandoned():
+            memory = mmap.mmap(file.fileno(), 0)
+        self._control = ControlBlock.from_buffer(memory, control_handle + self.OBJECT_HEADER_BYTES)
+        self._queue = MessageQueue.from_buffer(memory, self._control.requests + self.OBJECT_HEADER_BYTES)
+        if self._queue.size != QUEUE_SIZE or self._is_abandoned():
             raise ValueError(f"a queue of {self._queue.size}")
+        self._at_work = threading.Event()
+        threading.Thread(target=self._report, daemon=True).start()
 
-    def is_abandoned(self) -> bool:
-        """Whether a message waits, which while a request is answered means that Triton gave up."""
+    def __enter__(self) -> None:
+        """Begin the work."""
+        self._end_if_abandoned()
+        self._at_work.set()
+
+    def __exit__(self, *_: object) -> None:
+        """End the work; the answer follows."""
+        self._at_work.clear()
+        self._end_if_abandoned()
+
+    def _report(self) -> None:
+        while self._at_work.wait():
+            self._control.is_healthy = True
+            time.sleep(self.REPORT_S)
+
+    def _is_abandoned(self) -> bool:
+        """Whether a message waits; the queue is empty as long as Triton waits for an answer."""
         return bool(self._queue.head != self._queue.tail)
+
+    def _end_if_abandoned(self) -> None:
+        if not self._is_abandoned():
+            return
+        sys.stderr.write(
+            f"{self._name}: this instance stalled for over a second and Triton gave up on it; its answer "
+            "would be taken for that to another request. The server is killed: start it again\n"
+        )
+        if os.getppid() == self._server:
+            os.kill(self._server, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class TritonPythonModel:
@@ -136,11 +174,13 @@ class TritonPythonModel:
         check_signature(config, self.session)
         self.outputs = [output["name"] for output in config["output"]]
         self.one_by_one = self.batches and self.session.get_providers()[0] == CPU_PROVIDER
-        self.check: AbandonmentCheck | None = None
+        self.multiple_of = int(config["parameters"].get("multiple_of", {"string_value": "1"})["string_value"])
+        self.frames = config["input"][0]
+        self.guard: AbstractContextManager[None] = nullcontext()
         try:
-            self.check = AbandonmentCheck()
+            self.guard = RequestGuard(self.name)
         except (OSError, ValueError, IndexError) as err:
-            pb_utils.Logger.log_warn(f"{self.name}: no check that Triton still waits for an answer: {err}")
+            pb_utils.Logger.log_warn(f"{self.name}: not guarded against stalls of the machine: {err}")
         pb_utils.Logger.log_info(
             f"{self.name} {args['model_instance_name']}: {path.name} on {self.session.get_providers()[0]}, "
             f"{options.intra_op_num_threads} threads"
@@ -148,33 +188,37 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request, in order; on a GPU, those of equal shape share one run."""
-        self._stop_if_abandoned()
+        with self.guard:
+            return self._answer_all(requests)
+
+    def _answer_all(self, requests: Sequence[Any]) -> list[Any]:
         feeds = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
+        answers = [self._refusal(feed) for feed in feeds]
         # The dynamic batcher only brings equal shapes together. A model without a batch axis never shares.
         shares = self.batches and not self.one_by_one
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, feed in enumerate(feeds):
-            key = tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
-            groups.setdefault(key if shares else (index,), []).append(index)
+            if answers[index] is None:
+                key = tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
+                groups.setdefault(key if shares else (index,), []).append(index)
 
-        answers: list[Any] = [None] * len(requests)
         for members in groups.values():
             for index, answer in zip(members, self._answer([feeds[i] for i in members]), strict=True):
                 answers[index] = answer
-        self._stop_if_abandoned()
         return answers
 
-    def _stop_if_abandoned(self) -> None:
-        """End the server rather than give an answer that it would take for another's."""
-        if self.check is None or not self.check.is_abandoned():
-            return
-        sys.stderr.write(
-            f"{self.name}: this instance stalled for over a second and Triton gave up on it; its answer "
-            "would be taken for that to another request. The server is killed: start it again\n"
+    def _refusal(self, feed: Feeds) -> Any | None:
+        """Answer to frames of a size that the network does not take: the parameter ``multiple_of``."""
+        name, axes = self.frames["name"], [*([1] if self.batches else []), *self.frames["dims"]]
+        shape = feed[name].shape
+        sides = [side for side, axis in zip(shape, axes, strict=True) if int(axis) == -1]
+        if all(side > 0 and side % self.multiple_of == 0 for side in sides):
+            return None
+        text = (
+            f"{self.name}: expected height and width of {name} in multiples of {self.multiple_of}, found "
+            f"{'x'.join(map(str, sides))}: pad the frames, repeating their edges, and crop the answer"
         )
-        if os.getppid() == self.check.server:
-            os.kill(self.check.server, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
 
     def _answer(self, feeds: Sequence[Feeds]) -> list[Any]:
         """Responses to requests of one shape; when their common run fails, each gets a run of its own."""
@@ -183,7 +227,9 @@ class TritonPythonModel:
         except Exception as err:  # whatever goes wrong is the answer to this request, not the server's end
             if len(feeds) > 1:
                 return [answer for feed in feeds for answer in self._answer([feed])]
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.name}: {err}"))]
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds[0].items())
+            error = pb_utils.TritonError(f"{self.name} failed on {shapes}: {err}")
+            return [pb_utils.InferenceResponse(error=error)]
         return [
             pb_utils.InferenceResponse(
                 [pb_utils.Tensor(*named) for named in zip(self.outputs, arrays, strict=True)]
