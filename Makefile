@@ -6,12 +6,10 @@ PYTHON ?= $(firstword $(shell for python in python3.11 python3.12 python3; do \
 CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
 SERVE_ARGS ?=
 SWEEP ?=
+QUICK ?=
 LADDER_ARGS ?=
 GPU_ARGS ?=
-BASE ?=
 EVALUATE_ARGS ?=
-# Two files of tests at a time: many of them wait more than they compute.
-PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +17,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py export/data/*.py export/metrics/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plans configs serve doctor demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
+.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench measure gpu ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -68,34 +66,34 @@ format: setup  ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint  ## Lint and the quick tests: what to run while changing things
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not server and not slow"
+unit: setup  ## The tests that need no server
+	$(BIN)/python -m pytest -m "not server"
 
-test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server  [PYTEST_ARGS="-n 2"]
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server
+	$(BIN)/python -m pytest
 
 perf-tools: setup  ## Get a perf_analyzer that runs here (needs no root)
-	$(BIN)/python -m perf.tools
+	$(BIN)/python -m perf.analyzer
 
 sweep: $(MODELS) perf-tools  ## Measure the server with perf_analyzer  [SWEEP="names or options"]
-	$(BIN)/python -m perf.sweep $(SWEEP)
+	$(BIN)/python -m perf.sweep $(if $(QUICK),--quick) $(SWEEP)
 
 peers: setup  ## Measure the papers' rivals beside ours, network by network
-	$(BIN)/python -m perf.peers
+	$(BIN)/python -m perf.peers $(if $(QUICK),--quick)
 
 bench: $(MODELS) perf-tools  ## File-to-file throughput against bare ONNX Runtime
-	$(BIN)/python -m perf.overhead
+	$(BIN)/python -m perf.end_to_end $(if $(QUICK),--quick)
 
-measure: sweep bench peers report  ## These three and the report: half an hour on two quiet cores  (make -k: go on after a failure)
+ladder: $(MODELS) perf-tools  ## From PyTorch FP32 to the fastest served: speed and quality  [LADDER_ARGS="--clips folder"]
+	$(BIN)/python -m perf.ladder $(if $(QUICK),--quick) $(LADDER_ARGS)
 
-gpu: $(MODELS)  ## PyTorch and the served targets on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
-	$(BIN)/python -m perf.gpu $(GPU_ARGS)
+measure: sweep bench peers ladder report  ## All of these and the report: two hours on two quiet cores  [QUICK=1: at toy size]
 
-ladder: setup  ## Every rung from PyTorch FP32 to the fastest served, measured here  [LADDER_ARGS=...]
-	$(BIN)/python -m perf.ladder $(LADDER_ARGS)
+gpu: setup  ## All networks on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
+	$(BIN)/python -m perf.peers --device cuda --size 720 1280 --rounds 20 --minutes 10 $(GPU_ARGS)
 
-report: setup  ## Draw perf/REPORT.md, perf/report.html and README's ladder from perf/results/  [BASE=folder]
-	$(BIN)/python -m perf.report --readme README.md $(if $(BASE),--base $(BASE))
+report: setup  ## Draw perf/REPORT.md and build/perf/report.html from perf/results/
+	$(BIN)/python -m perf.report $(if $(QUICK),--quick)
 
 evaluate: setup  ## Score CHECKPOINT="a b ..." on every frame of CLIPS=folder  [NAMES=list] [EVALUATE_ARGS=...]
 	$(BIN)/python -m export evaluate $(foreach file,$(CHECKPOINT),--checkpoint $(file)) --clips $(CLIPS) $(if $(NAMES),--names $(NAMES)) $(EVALUATE_ARGS)

@@ -1,24 +1,137 @@
-"""Results files: one schema, written whole or not at all, refused when they are another's."""
+"""Results files, the arithmetic of their figures, and how perf's commands report errors.
+
+A results file is one JSON object: ``schema``, ``kind``, ``name``, ``machine`` and ``rows``. A row has its
+settings and ``rounds``, one object of figures for each time it was measured; without rounds it has ``why``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from perf.errors import PerfError
+import click
+from rich.console import Console
 
-SCHEMA = "mst-gan-perf/1"
-KINDS = ("sweep", "overhead", "peers", "ladder", "gpu")
+SCHEMA = "mst-gan-perf/2"
+KINDS = ("sweep", "end_to_end", "ladder", "peers")
 FOLDER = Path(__file__).parent / "results"
-REQUIRED = ("kind", "name", "machine")
+QUICK = Path(__file__).parent.parent / "build" / "perf" / "quick"  # of `--quick`, never committed
+BEYOND = 5  # samples that must lie above a percentile for it to be shown
 
 Result = dict[str, Any]
+Row = dict[str, Any]
+
+console = Console(stderr=True)
+
+
+class PerfError(Exception):
+    """The text says what was expected, what was found and what to do next."""
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)  # above a progress bar, where there is one
+
+
+class Command(click.Command):
+    """Prints an expected error as one line and exits with 1; VSR_DEBUG=1 shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Echo()])
+        try:
+            return super().invoke(ctx)
+        except PerfError as err:
+            if os.environ.get("VSR_DEBUG"):
+                raise
+            click.echo(f"Error: {err}", err=True)
+            sys.exit(1)
+
+
+def one_line(err: Exception) -> str:
+    """First and last line of an error's text."""
+    lines = str(err).splitlines() or [type(err).__name__]
+    return " ".join(dict.fromkeys((lines[0], lines[-1])))
+
+
+def known(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    """Refuse names that are not among the allowed ones.
+
+    Raises:
+        PerfError: One is not.
+    """
+    choices = list(allowed)
+    if unknown := [name for name in names if name not in choices]:
+        raise PerfError(f"expected {what} among {', '.join(choices)}; found {unknown[0]!r}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity over the rounds in which it was measured."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure to show."""
+        return median(self.values)
+
+    @property
+    def low(self) -> float:
+        """The least."""
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        """The most."""
+        return max(self.values)
+
+    def text(self, digits: int = 1) -> str:
+        """Median, then the least and the most where they differ."""
+        shown, low, high = (f"{value:.{digits}f}" for value in (self.median, self.low, self.high))
+        return shown if low == high else f"{shown} ({low}-{high})"
+
+
+def figure(row: Mapping[str, Any], key: str) -> Figure | None:
+    """A quantity of a row over the rounds that have it; None where none has."""
+    values = tuple(one[key] for one in row["rounds"] if one.get(key) is not None)
+    return Figure(values) if values else None
+
+
+def ratios(rounds: Sequence[float], base: Sequence[float]) -> Figure:
+    """Round by round, how many times the base; of rounds that both have, as an interrupted run lacks some."""
+    return Figure(tuple(one / other for one, other in zip(rounds, base, strict=False)))
+
+
+def meaning(ratio: Figure) -> str:
+    """Whether a ratio of interleaved rounds is a difference."""
+    if len(ratio.values) < 2:
+        return "one round, spread unknown"
+    return "within the spread" if ratio.low <= 1 <= ratio.high else "faster" if ratio.low > 1 else "slower"
+
+
+def least_samples(percent: float) -> int:
+    """Samples from which a percentile is shown: `BEYOND` of them lie above it."""
+    return round(BEYOND / (1 - percent / 100))
+
+
+def percentile_text(row: Mapping[str, Any], percent: int) -> str:
+    """A latency percentile in ms with its spread, or the number of samples where these are too few."""
+    needed, counts = least_samples(percent), [one["requests"] for one in row["rounds"]]
+    if min(counts) < needed:
+        return f"too few ({min(counts)} of {needed})"
+    return Figure(tuple(one[f"p{percent}_ms"] for one in row["rounds"])).text(0)
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write ``<folder>/<name>.json`` and return its path."""
+    """Write ``<folder>/<name>.json``, whole or not at all, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}.json"
     part = path.with_suffix(".json.part")
@@ -27,36 +140,24 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
     return path
 
 
-def load(path: Path) -> Result:
-    """Read one results file.
-
-    Raises:
-        PerfError: It is unreadable or of another schema.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise PerfError(f"expected {path} to hold results, found: {err}; measure again") from err
-    found = result.get("schema") if isinstance(result, dict) else None
-    if found != SCHEMA:
-        raise PerfError(
-            f"expected schema {SCHEMA} in {path}, found {found!r}: measure again or remove the file"
-        )
-    missing = [key for key in REQUIRED if key not in result]
-    if missing or result["kind"] not in KINDS:
-        raise PerfError(
-            f"expected {path} to say {', '.join(REQUIRED)}, found {', '.join(result)}: measure again"
-        )
-    return dict(result)
-
-
 def load_folder(folder: Path) -> dict[str, Result]:
     """Name -> result of every file in a folder.
 
     Raises:
-        PerfError: There is none, or one is not readable.
+        PerfError: There is none, or one is not readable or of another schema.
     """
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise PerfError(f"expected results in {folder}, found none: run `make sweep` first")
-    return {result["name"]: result for result in map(load, paths)}
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            schema = result["schema"], result["kind"]
+            found[result["name"]] = result
+        except (OSError, ValueError, TypeError, KeyError) as err:
+            raise PerfError(
+                f"expected {path} to hold results, found {err!r}: measure again or remove it"
+            ) from err
+        if schema[0] != SCHEMA or schema[1] not in KINDS or not {"machine", "rows"} <= set(result):
+            raise PerfError(f"expected schema {SCHEMA} in {path}, found {schema}: measure again or remove it")
+    if not found:
+        raise PerfError(f"expected results in {folder}, found none: run `make measure` first")
+    return found

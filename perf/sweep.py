@@ -1,268 +1,239 @@
-"""``make sweep``: serves the models, lets perf_analyzer measure every point, and writes what it found."""
+"""``make sweep``: a server for each setting in sweeps.toml, and perf_analyzer at each point."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 import signal
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import groupby
+import tomllib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import click
+from annotated_types import MinLen
+from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from rich.progress import Progress
 
-from deploy.embedded.server import ServerError, TritonServer
-from perf import clip, counters, results
-from perf.analyze import Measurement, Target, arguments, measure, warm_up
-from perf.errors import Command, PerfError, one_line
-from perf.ladder.memory import gpu_memory_mb
-from perf.machine import gpu, machine
-from perf.plan import Point, Sweep, changes_server, load_sweep, needs_gpu, points, sweep_names
-from perf.points import GENERATOR
-from perf.progress import Progress, total_weight, weight
-from perf.running import RunningServer
-from perf.tools import Analyzer, find_analyzer
-from perf.variant import ENSEMBLE, Serving, fingerprints, read_configs, stage_names, write_variant
+from deploy.embedded.server import TritonServer
+from perf import results
+from perf.analyzer import Analyzer, find_analyzer, stages
+from perf.clips import Size
+from perf.machine import ROOT, Watch, gpu, machine
+from perf.results import Command, PerfError, Result, Row, known
+from perf.serving import GPU_TARGETS, MODELS, Repository, RunningServer, Serving, repository_of, serve
 
-ROOT = Path(__file__).parent.parent
-MODELS = ROOT / "model_repository"
-WORK = ROOT / "build" / "perf"  # kept, so that a command pasted later finds its frames
-EMBEDDED = "embedded"
-WINDOWS = 8  # different requests of one input file, sent in turns
+SWEEPS = Path(__file__).with_name("sweeps.toml")
+QUICK = {"sizes": ((32, 48),), "frames": 4, "rounds": 1, "weights": (None,), "batches": (1,)}
 
-Server = TritonServer | RunningServer
+Some = MinLen(1)
 
 log = logging.getLogger(__name__)
 
 
+class Sweep(BaseModel, frozen=True, extra="forbid"):
+    """One table of ``sweeps.toml``, which says what the keys mean; a combination of its lists is a point."""
+
+    name: str
+    question: str
+    sizes: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Some] = ((180, 320),)
+    batches: Annotated[tuple[PositiveInt, ...], Some] = (1,)
+    concurrencies: Annotated[tuple[PositiveInt, ...], Some] = (4,)
+    rates_fps: tuple[PositiveFloat, ...] = ()
+    arrivals: Literal["constant", "poisson"] = "constant"
+    budget_ms: PositiveInt | None = None
+    weights: Annotated[tuple[str | None, ...], Some] = (None,)
+    targets: Annotated[tuple[str | None, ...], Some] = (None,)
+    queue_delays_us: Annotated[tuple[NonNegativeInt | None, ...], Some] = (None,)
+    instances: Annotated[tuple[PositiveInt | None, ...], Some] = (None,)
+    transports: Annotated[tuple[Literal["grpc", "system", "cuda"], ...], Some] = ("grpc",)
+    frames: PositiveInt = 36
+    rounds: PositiveInt = 1
+    timeout_s: PositiveInt = 240
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether a machine without a GPU has to leave this sweep out."""
+        return bool(GPU_TARGETS & {*self.targets}) or "cuda" in self.transports
+
+    @property
+    def servings(self) -> list[Serving]:
+        """One server each."""
+        settings = (self.weights, self.targets, self.queue_delays_us, self.instances)
+        return [Serving(*one) for one in itertools.product(*settings)]
+
+    @property
+    def points(self) -> list[Point]:
+        """All points; those of one server in a row."""
+        loads: list[tuple[int, float | None]] = [(1, rate) for rate in self.rates_fps]
+        loads = loads or [(count, None) for count in self.concurrencies]
+        places = itertools.product(self.servings, self.sizes, self.batches, self.transports, loads)
+        return [
+            Point(serving, size, batch, transport, *load) for serving, size, batch, transport, load in places
+        ]
+
+
 @dataclass(frozen=True)
-class Bench:
-    """What all sweeps of a run share."""
+class Point:
+    """One place of a sweep."""
+
+    serving: Serving
+    size: Size
+    batch: int
+    transport: str
+    concurrency: int
+    rate_fps: float | None
+
+    def settings(self) -> Row:
+        """For results files."""
+        found = {**asdict(self.serving), **asdict(self)}
+        return {key: value for key, value in found.items() if key not in ("serving", "batching")}
+
+
+def load_sweeps(path: Path = SWEEPS) -> dict[str, Sweep]:
+    """Name -> sweep, in the order of the file.
+
+    Raises:
+        PerfError: The file is not readable, or a table is wrong.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+        return {name: Sweep(name=name, **table) for name, table in tables.items()}
+    except ValidationError as err:
+        first = err.errors()[0]
+        place, found = ".".join(map(str, first["loc"])), first["input"]
+        raise PerfError(f"expected a right {place} in {path.name}, found {found!r}: {first['msg']}") from err
+    except (OSError, tomllib.TOMLDecodeError) as err:
+        raise PerfError(f"expected sweeps in {path}, found: {err}; correct it") from err
+
+
+def chosen(names: tuple[str, ...], is_running: bool, quick: bool) -> list[Sweep]:
+    """The sweeps of these names; without names all that this machine and server allow.
+
+    A GPU gives results names of their own, so that they do not overwrite a CPU's.
+
+    Raises:
+        PerfError: There is none of such a name, or it needs servers of its own where one is given.
+    """
+    sweeps, has_gpu = load_sweeps(), bool(gpu())
+    known(names, sweeps, "sweeps")
+    if quick:  # one point of two sweeps: that everything runs, and not how fast
+        two = sweeps["concurrency"], sweeps["streams"]
+        return [
+            one.model_copy(update={**QUICK, "concurrencies": (2,), "rates_fps": one.rates_fps[:1]})
+            for one in two
+        ]
+    fitting = [one for one in sweeps.values() if has_gpu or not one.needs_gpu]
+    fitting = [one for one in fitting if not is_running or one.servings == [Serving()]]
+    picked = [sweeps[name] for name in names] or fitting
+    if is_running and (unfit := [one.name for one in picked if one.servings != [Serving()]]):
+        raise PerfError(f"expected sweeps that leave a running server as it is, found {unfit[0]}: omit --url")
+    return [one.model_copy(update={"name": one.name + "_gpu" * has_gpu}) for one in picked]
+
+
+@dataclass
+class Runner:
+    """Measures one sweep after the other, and keeps on disk what it has, whatever happens."""
 
     analyzer: Analyzer
-    repository: Path
+    models: Path  # model repository
     out: Path
-    """Folder of the results."""
-    work: Path
-    running: RunningServer | None = None
-    """Measured instead of servers of our own."""
+    progress: Progress
+    running: RunningServer | None = None  # measured instead of servers of our own
 
-
-@dataclass(frozen=True)
-class Contract:
-    """What the ensemble publishes, and its tensor's name."""
-
-    input_name: str
-    window: int
-    scale: int
-    multiple_of: int
-
-    @classmethod
-    def of(cls, repository: Path) -> Contract:
-        """Read it from the repository's configuration."""
-        config = read_configs(repository, None)[ENSEMBLE]
-        numbers = {key: config.parameters[key].string_value for key in ("window", "scale", "multiple_of")}
-        return cls(config.input[0].name, **{key: int(text) for key, text in numbers.items()})
-
-
-class Sweeper:
-    """Runs one sweep and keeps what it has measured on disk, whatever happens."""
-
-    def __init__(self, sweep: Sweep, bench: Bench, progress: Progress) -> None:
-        self.sweep, self.bench, self.progress = sweep, bench, progress
-        repository = bench.repository
-        self.contract = Contract.of(repository)
-        self.stages = stage_names(read_configs(repository, None))
-        self.rows: dict[Point, dict[str, Any]] = {}
-        self.saturation: dict[Point, float] = {}
-        self.facts = {
-            "kind": "sweep",
-            "name": sweep.name,
-            "question": sweep.question,
-            "machine": {**machine(), "perf_analyzer": bench.analyzer.version},
-            "server": bench.running.grpc_url if bench.running else EMBEDDED,
-            "models": {}
-            if bench.running
-            else {
-                target or "default": fingerprints(repository, target) for target in sweep.targets or (None,)
-            },
-            "committed": committed(repository),
-            "percentile": sweep.percentile,
-            "window_frames": sweep.frames,
-        }
-
-    def run(self) -> Path:
+    def run(self, sweep: Sweep) -> Path:
         """Measure every point in every round; returns the results file.
 
         Raises:
-            PerfError: perf_analyzer failed or the server ended; the file has all points until then.
+            PerfError: perf_analyzer failed or the server ended; the file has what was measured until then.
         """
-        stopped = "interrupted"
+        rows = {point: {**point.settings(), "rounds": []} for point in sweep.points}
+        result = {**self.facts(sweep), "stopped": "interrupted", "rows": list(rows.values())}
+        task = self.progress.add_task(sweep.name, total=sweep.rounds * len(rows))
         try:
-            for _ in range(self.sweep.rounds):
-                for serving, members in groupby(points(self.sweep), key=lambda point: point.serving):
-                    with self.serve(serving) as server:
-                        self.measure_all(server, list(members))
-            stopped = ""
-        except (PerfError, ServerError) as err:
-            stopped = one_line(err)
-            kept = f"{self.bench.out / self.sweep.name}.json has the {len(self.rows)} points until then"
-            raise PerfError(f"sweep {self.sweep.name} stopped: {stopped}; {kept}") from err
+            for _ in range(sweep.rounds):
+                for serving, points in itertools.groupby(rows, key=lambda point: point.serving):
+                    source = repository_of(serving, self.models)
+                    # Of a running server, its processes cannot be told from others'.
+                    own = nullcontext((self.running, None)) if self.running else serve(source, serving)
+                    with own as (server, watch):
+                        for point in points:
+                            self.measure(server, watch, source, sweep, point, rows[point])
+                            self.progress.advance(task)
+                            results.write(self.out, result)
+            result["stopped"] = ""
+        except PerfError as err:
+            result["stopped"] = str(err)
+            raise PerfError(f"sweep {sweep.name} stopped: {err}; {self.out} has what it measured") from err
         finally:
-            path = self.save(stopped)
+            path = results.write(self.out, result)
         return path
 
-    def save(self, stopped: str) -> Path:
-        """Write everything measured so far."""
-        return results.write(
-            self.bench.out, {**self.facts, "stopped": stopped, "points": list(self.rows.values())}
-        )
+    def facts(self, sweep: Sweep) -> Result:
+        """What all points of a sweep share."""
+        models = {}
+        for serving in sweep.servings if not self.running else ():
+            name = " ".join(filter(None, (serving.weights, serving.target))) or "default"
+            models[name] = repository_of(serving, self.models).fingerprints()
+        return {
+            "kind": "sweep", "name": sweep.name, "question": sweep.question,
+            "machine": {**machine(), "perf_analyzer": self.analyzer.version},
+            "server": self.running.grpc_url if self.running else "embedded", "models": models,
+            "committed": Repository(self.models).committed, "arrivals": sweep.arrivals,
+            "budget_ms": sweep.budget_ms,
+        }  # fmt: skip
 
-    @contextmanager
-    def serve(self, serving: Serving) -> Iterator[Server]:
-        """The embedded server with these settings, on a copy of the configurations; or the running one."""
-        if self.bench.running:
-            yield self.bench.running
-            return
-        with tempfile.TemporaryDirectory(dir=self.bench.work) as folder:
-            models = Path(folder) / "models"
-            models.mkdir()
-            write_variant(self.bench.repository, models, serving)
-            with TritonServer(models, Path(folder) / "triton.log") as server:
-                yield server
-
-    def measure_all(self, server: Server, members: list[Point]) -> None:
-        """Measure the points of one server."""
-        warm = set()
-        for point in members:
-            target = request_target(server, point, self.contract, self.bench.work)
-            try:
-                if (point.size, point.batch) not in warm:
-                    warm_up(self.bench.analyzer, target, point, self.sweep.timeout_s)
-                    warm.add((point.size, point.batch))
-                self.measure(server, point, target)
-            except PerfError as err:
-                if server.ready() or isinstance(server, RunningServer):
-                    raise
-                status = server.process.poll()
-                raise ServerError(
-                    f"tritonserver no longer answers (exit status {status}): {server.log_tail()}"
-                ) from err
-
-    def measure(self, server: Server, point: Point, target: Target) -> None:
-        """Measure one point, and ask the server for its own view of it."""
-        rate = None if point.load is None else point.load * self.saturation[replace(point, load=None)]
-        # Of a server that others started, neither memory nor work can be told from that of other programs.
-        session = None if isinstance(server, RunningServer) else server.process.pid
-        before = counters.parse(server.metrics())
-        watch = counters.NoiseWatch(session)
-        found = measure(self.bench.analyzer, self.sweep, point, target, rate)
-        others_cores = watch.others_cores()
-        after = counters.parse(server.metrics())
-        if rate is None:
-            # The first round's counts for all: a point must be the same in every round.
-            self.saturation.setdefault(point, found.fps / point.batch)
-        stages = counters.stages(before, after, [*self.stages, point.serving.model])
-        memory = None if session is None else counters.session_memory_mb(session)
-        report(point, found, others_cores)
+    def measure(
+        self, server: TritonServer | RunningServer, watch: Watch | None, source: Repository, sweep: Sweep,
+        point: Point, row: Row,
+    ) -> None:  # fmt: skip
+        """Add a round to the row of a point."""
+        load = replace(
+            source.load(server.grpc_url, point.size), batch=point.batch, concurrency=point.concurrency,
+            rate_fps=point.rate_fps, arrivals=sweep.arrivals, transport=point.transport, frames=sweep.frames,
+            timeout_s=sweep.timeout_s,
+        )  # fmt: skip
+        self.analyzer.warm_up(load)
+        before = server.metrics()
+        if watch:
+            watch.lap()
+        found = self.analyzer.measure(load)
+        found |= watch.lap() if watch else {}
+        names = [*(step.model_name for step in source.steps), load.model]
+        row["rounds"].append({**found, "stages": stages(before, server.metrics(), names)})
         # For others to paste: their server, `make serve`, listens at Triton's own port.
-        pasted = replace(target, grpc_url="localhost:8001", input_data=target.input_data.relative_to(ROOT))
-        command = shlex.join(["perf_analyzer", *arguments(self.sweep, point, pasted, rate)])
-        row = self.rows.setdefault(point, {**point.as_dict(), "rate": rate, "command": command, "rounds": []})
-        row["rounds"].append(
-            {
-                **found.as_dict(),
-                "stages": stages,
-                "server_memory_mb": memory,
-                "gpu_memory_mb": gpu_memory_mb(),
-                "others_cores": others_cores,
-            }
-        )
-        self.save("running")
-        log.info("  %s", self.progress.step(weight(self.sweep, point)))
-
-
-def request_target(server: Server, point: Point, contract: Contract, work: Path) -> Target:
-    """Where a point's requests go, and the file of real frames that they carry, written once."""
-    height, width = clip.padded(point.size, contract.multiple_of)
-    path = work / f"windows_{height}x{width}.json"
-    if not path.exists():
-        frames = clip.read_frames(WINDOWS, (height, width))
-        clip.write_input_data(path, contract.input_name, clip.windows(frames, contract.window))
-    answer = height * width * contract.scale**2 * 3  # RGB bytes
-    return Target(server.grpc_url, point.serving.model, path, answer)
-
-
-def report(point: Point, found: Measurement, others_cores: float | None) -> None:
-    """One line for whoever watches."""
-    settings = ", ".join(f"{key} {value}" for key, value in point.as_dict().items() if value is not None)
-    mark = "" if found.is_stable else "  UNSTABLE"
-    others = "" if others_cores is None else f", others {others_cores:.2f} cores"
-    log.info("%s: %.2f fps, p95 %.0f ms%s%s", settings, found.fps, found.latency_ms["p95"], others, mark)
-
-
-def committed(repository: Path) -> dict[str, int]:
-    """Queue delay and instance groups of the slowest stage, as its configuration has them."""
-    config = read_configs(repository, None)[GENERATOR]
-    return {
-        "queue_delay_us": config.dynamic_batching.max_queue_delay_microseconds,
-        "instances": sum(group.count for group in config.instance_group),
-    }
-
-
-def chosen_sweeps(names: tuple[str, ...], target: str | None, is_running: bool) -> list[Sweep]:
-    """The sweeps of these names; without names all that this machine and server allow.
-
-    Raises:
-        PerfError: There is none of such a name, or it changes the settings of a server that is not ours.
-    """
-    has_gpu = bool(gpu())
-    sweeps = [load_sweep(name) for name in names or sweep_names()]
-    if not names:
-        sweeps = [one for one in sweeps if has_gpu or not needs_gpu(one)]
-        sweeps = [one for one in sweeps if not (is_running and changes_server(one))]
-    for one in sweeps:
-        if is_running and changes_server(one):
-            raise PerfError(
-                f"expected a sweep that leaves a running server as it is, found {one.name}: leave --url out"
-            )
-    if target:
-        # Names of their own: the report shows both, and neither overwrites the other.
-        return [replace(one, name=f"{one.name}_{target}", targets=(target,)) for one in sweeps]
-    return [replace(one, name=one.name + "_gpu" * has_gpu) for one in sweeps]
+        pasted = replace(load, url="localhost:8001", input_data=load.input_data.relative_to(ROOT))
+        row["command"] = shlex.join(["perf_analyzer", *pasted.arguments()])
+        settings = ", ".join(f"{key} {value}" for key, value in point.settings().items() if value is not None)
+        log.info("%s: %.2f frames/s, p95 %.0f ms", settings, found["fps"], found["p95_ms"])
 
 
 @click.command(cls=Command)
 @click.argument("names", nargs=-1)
-@click.option("--target", help="Configurations to serve, <model>/configs/TARGET.pbtxt.")
 @click.option("--repository", type=click.Path(path_type=Path), default=MODELS)
-@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER, help="Folder of the results.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results; default: perf/results.")
 @click.option("--url", help="HOST:PORT of a running server's gRPC, to be measured in place of our own.")
 @click.option("--metrics-url", help="HOST:PORT of its metrics; by default port 8002 of the same host.")
+@click.option("--quick", is_flag=True, help="Toy sizes, to see that it runs; results go to build/perf/quick.")
 def main(
-    names: tuple[str, ...], target: str | None, repository: Path, out: Path, url: str | None,
-    metrics_url: str | None,
+    names: tuple[str, ...], repository: Path, out: Path | None, url: str | None, metrics_url: str | None,
+    quick: bool,
 ) -> None:  # fmt: skip
     """Run the sweeps NAMES of perf/sweeps.toml; without names, all that this machine can run."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
-    sweeps = chosen_sweeps(names, target, url is not None)
+    sweeps, failed = chosen(names, url is not None, quick), []
     running = RunningServer(url, metrics_url or f"{url.rpartition(':')[0]}:8002") if url else None
-    bench = Bench(find_analyzer(), repository, out, WORK, running)
-    WORK.mkdir(parents=True, exist_ok=True)
-    progress = Progress(total_weight(sweeps))
-    failed = []
-    for sweep in sweeps:
-        done = progress.done
-        try:
-            log.info("%s", Sweeper(sweep, bench, progress).run())
-        except PerfError as err:
-            failed.append(sweep.name)
-            click.echo(f"Error: {err}", err=True)
-            progress.total -= total_weight([sweep]) - (progress.done - done)  # what it leaves out
+    with Progress(console=results.console) as progress:
+        out = out or (results.QUICK if quick else results.FOLDER)
+        runner = Runner(find_analyzer(), repository, out, progress, running)
+        for sweep in sweeps:
+            try:
+                log.info("%s", runner.run(sweep))
+            except PerfError as err:
+                failed.append(sweep.name)
+                log.error("Error: %s", err)
     if failed:
         raise PerfError(f"{len(failed)} of {len(sweeps)} sweeps did not end: {', '.join(failed)}; see above")
 

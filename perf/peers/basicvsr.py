@@ -16,7 +16,7 @@ from perf.peers.layers import Reconstruction, ResidualBlock, backward_warp, conv
 CHANNELS = 64
 BLOCKS = 30  # per direction
 PYRAMID = 6  # levels of SPyNet (Ranjan and Black, CVPR 2017)
-GRANULE = 2 ** (PYRAMID - 1)
+MULTIPLE = 2 ** (PYRAMID - 1)
 
 
 class FlowLevel(nn.Module):
@@ -24,9 +24,8 @@ class FlowLevel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (8, 32, 64, 32, 16, 2)
         layers: list[nn.Module] = []
-        for c_in, c_out in pairwise(widths):
+        for c_in, c_out in pairwise((8, 32, 64, 32, 16, 2)):
             layers += [nn.Conv2d(c_in, c_out, 7, padding=3), nn.ReLU()]
         self.basic_module = nn.Sequential(*layers[:-1])
 
@@ -51,20 +50,19 @@ class SpyNet(nn.Module):
     def forward(self, reference: Tensor, other: Tensor) -> Tensor:
         """Flow from ``reference`` to ``other``, (N, 3, H, W) each -> (N, 2, H, W) in pixels."""
         height, width = reference.shape[-2:]
-        size = (height + -height % GRANULE, width + -width % GRANULE)
-        pyramid = []
+        size = (height + -height % MULTIPLE, width + -width % MULTIPLE)
+        pyramids = []
         for image in (reference, other):
             level = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
             levels = [(level - self.mean) / self.std]
             for _ in range(PYRAMID - 1):
                 levels.append(F.avg_pool2d(levels[-1], 2))
-            pyramid.append(levels[::-1])
-        n = reference.shape[0]
-        flow = reference.new_zeros(n, 2, size[0] // GRANULE, size[1] // GRANULE)
-        for index, (level, centre, neighbour) in enumerate(zip(self.basic_module, *pyramid, strict=True)):
+            pyramids.append(levels[::-1])
+        flow = reference.new_zeros(len(reference), 2, size[0] // MULTIPLE, size[1] // MULTIPLE)
+        for index, (refine, center, neighbor) in enumerate(zip(self.basic_module, *pyramids, strict=True)):
             if index:
                 flow = 2 * F.interpolate(flow, scale_factor=2.0, mode="bilinear", align_corners=True)
-            flow = flow + level(torch.cat((centre, backward_warp(neighbour, flow, "border"), flow), dim=1))
+            flow = flow + refine(torch.cat((center, backward_warp(neighbor, flow, "border"), flow), dim=1))
         flow = F.interpolate(flow, size=(height, width), mode="bilinear", align_corners=False)
         return flow * flow.new_tensor((width / size[1], height / size[0])).view(1, 2, 1, 1)
 
@@ -88,18 +86,16 @@ class BasicVsr(Reconstruction):
 
     def __init__(self) -> None:
         super().__init__(CHANNELS)
-        self.spynet = SpyNet()
-        self.backward_trunk = Trunk()
-        self.forward_trunk = Trunk()
+        self.spynet, self.backward_trunk, self.forward_trunk = SpyNet(), Trunk(), Trunk()
         self.fusion = nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N, T, 3, H, W) -> (N, T, 3, 4H, 4W)."""
         n, t, c, h, w = frames.shape
         earlier, later = (part.reshape(-1, c, h, w) for part in (frames[:, :-1], frames[:, 1:]))
-        to_later = self.spynet(earlier, later).view(n, t - 1, 2, h, w)
-        to_earlier = self.spynet(later, earlier).view(n, t - 1, 2, h, w)
-
+        to_later, to_earlier = (
+            self.spynet(*pair).view(n, t - 1, 2, h, w) for pair in ((earlier, later), (later, earlier))
+        )
         features = frames.new_zeros(n, CHANNELS, h, w)
         from_future = []
         for index in reversed(range(t)):
@@ -107,7 +103,6 @@ class BasicVsr(Reconstruction):
                 features = backward_warp(features, to_later[:, index], "zeros")
             features = self.backward_trunk(frames[:, index], features)
             from_future.append(features)
-
         features = torch.zeros_like(features)
         answers = []
         for index in range(t):

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perf.peers.deform_conv import DeformConv
-from perf.peers.layers import Reconstruction, ResidualBlock, conv3x3, leaky, upscale
+from perf.peers.layers import DeformConv, Reconstruction, ResidualBlock, conv3x3, leaky, upscale
 
 WINDOW = 5
 GROUPS = 8  # of channels with offsets of their own
@@ -18,7 +17,7 @@ LEVELS = ("l3", "l2", "l1")  # of the pyramid, coarse to fine
 
 
 class PcdAlignment(nn.Module):
-    """Pyramid, cascading and deformable alignment of one frame's features to the centre's (section 3.2)."""
+    """Pyramid, cascading and deformable alignment of one frame's features to the center's (section 3.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -34,28 +33,28 @@ class PcdAlignment(nn.Module):
         self.cas_offset_conv2 = conv3x3(channels, channels)
         self.cas_dcnpack = DeformConv(channels, GROUPS)
 
-    def forward(self, neighbour: dict[str, Tensor], centre: dict[str, Tensor]) -> Tensor:
+    def forward(self, neighbor: dict[str, Tensor], center: dict[str, Tensor]) -> Tensor:
         """Features by level, (N, C, h, w) each -> (N, C, H, W)."""
         coarse: tuple[Tensor, Tensor] | None = None  # where to look, and what was found, one level up
         for level in LEVELS:
-            where = leaky(self.offset_conv1[level](torch.cat((neighbour[level], centre[level]), dim=1)))
+            where = leaky(self.offset_conv1[level](torch.cat((neighbor[level], center[level]), dim=1)))
             if coarse is None:
                 where = leaky(self.offset_conv2[level](where))
-                found = leaky(self.dcn_pack[level](neighbour[level], where))
+                found = leaky(self.dcn_pack[level](neighbor[level], where))
             else:
                 where = leaky(self.offset_conv2[level](torch.cat((where, 2 * upscale(coarse[0], 2)), dim=1)))
                 where = leaky(self.offset_conv3[level](where))
-                found = self.dcn_pack[level](neighbour[level], where)
+                found = self.dcn_pack[level](neighbor[level], where)
                 found = self.feat_conv[level](torch.cat((found, upscale(coarse[1], 2)), dim=1))
                 if level != LEVELS[-1]:
                     found = leaky(found)
             coarse = where, found
-        where = leaky(self.cas_offset_conv1(torch.cat((found, centre[LEVELS[-1]]), dim=1)))
+        where = leaky(self.cas_offset_conv1(torch.cat((found, center[LEVELS[-1]]), dim=1)))
         return leaky(self.cas_dcnpack(found, leaky(self.cas_offset_conv2(where))))
 
 
 class TsaFusion(nn.Module):
-    """Temporal and spatial attention: what resembles the centre counts more (section 3.3)."""
+    """Temporal and spatial attention: what resembles the center counts more (section 3.3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,9 +71,9 @@ class TsaFusion(nn.Module):
     def forward(self, aligned: Tensor) -> Tensor:
         """(N, 5, C, H, W) -> (N, C, H, W)."""
         n, t, c, h, w = aligned.shape
-        centre = self.temporal_attn1(aligned[:, t // 2])
+        center = self.temporal_attn1(aligned[:, t // 2])
         each = self.temporal_attn2(aligned.reshape(n * t, c, h, w)).view(n, t, c, h, w)
-        likeness = torch.sigmoid((each * centre.unsqueeze(1)).sum(dim=2, keepdim=True))
+        likeness = torch.sigmoid((each * center.unsqueeze(1)).sum(dim=2, keepdim=True))
         weighted = (aligned * likeness).reshape(n, t * c, h, w)
 
         attention = leaky(self.spatial_attn1(weighted))
@@ -89,7 +88,7 @@ class TsaFusion(nn.Module):
 
 
 class Edvr(Reconstruction):
-    """Features of every frame, alignment, fusion, reconstruction of the centre frame."""
+    """Features of every frame, alignment, fusion, reconstruction of the center frame."""
 
     def __init__(self, channels: int, blocks: int) -> None:
         super().__init__(channels)
@@ -113,22 +112,12 @@ class Edvr(Reconstruction):
     def forward(self, frames: Tensor) -> Tensor:
         """(N, 5, 3, H, W), H and W multiples of 4 -> (N, 1, 3, 4H, 4W)."""
         features = self.pyramid(frames)
-        centre = features[WINDOW // 2]
-        aligned = torch.stack([self.pcd_align(one, centre) for one in features], dim=1)
+        center = features[WINDOW // 2]
+        aligned = torch.stack([self.pcd_align(one, center) for one in features], dim=1)
         answer = self.reconstruct(self.reconstruction(self.fusion(aligned)), frames[:, WINDOW // 2])
         return answer.unsqueeze(1)
 
 
-def edvr_m() -> Edvr:
-    """The moderate one of the paper's section 4.1."""
-    return Edvr(channels=64, blocks=10)
-
-
-def edvr_l() -> Edvr:
-    """The large one."""
-    return Edvr(channels=128, blocks=40)
-
-
 def _halved(x: Tensor) -> Tensor:
-    """Largest and mean of every other pixel's neighbourhood."""
+    """Largest and mean of every other pixel's neighborhood."""
     return torch.cat((F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 3, 2, 1)), dim=1)

@@ -1,8 +1,6 @@
-"""What several peers are made of, and how their checkpoints are loaded."""
+"""What several peers are made of."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +23,11 @@ def upscale(x: Tensor, factor: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv2(relu(conv1(x))), without normalisation (EDSR, section 3.1)."""
+    """x + conv2(relu(conv1(x))), without normalization (EDSR, section 3.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = conv3x3(channels, channels)
-        self.conv2 = conv3x3(channels, channels)
+        self.conv1, self.conv2 = conv3x3(channels, channels), conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> same."""
@@ -42,10 +39,8 @@ class Reconstruction(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.upconv1 = conv3x3(channels, 4 * channels)
-        self.upconv2 = conv3x3(channels, 4 * 64)
-        self.conv_hr = conv3x3(64, 64)
-        self.conv_last = conv3x3(64, 3)
+        self.upconv1, self.upconv2 = conv3x3(channels, 4 * channels), conv3x3(channels, 4 * 64)
+        self.conv_hr, self.conv_last = conv3x3(64, 64), conv3x3(64, 3)
 
     def reconstruct(self, features: Tensor, frame: Tensor) -> Tensor:
         """(N, C, H, W) features and the (N, 3, H, W) lr frame -> (N, 3, 4H, 4W)."""
@@ -63,8 +58,43 @@ def backward_warp(image: Tensor, flow: Tensor, padding: str) -> Tensor:
     return F.grid_sample(image, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def load(network: nn.Module, path: Path) -> None:
-    """Load a published checkpoint; BasicSR has weights under ``params``, DataParallel says ``module.``."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("params_ema", state.get("params", state))
-    network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+def deform_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """Modulated deformable convolution (Zhu et al., CVPR 2019, equation 1): taps move and fade by pixel.
+
+    Args:
+        x: (N, C, H, W); outside there are zeros, and the size is kept.
+        offset: (N, 2 * groups * K, H, W): y, x of each of the K taps, group after group, in pixels.
+        mask: (N, groups * K, H, W): weight of each tap.
+        weight: (O, C, k, k), K = k * k, k odd.
+        bias: (O,).
+        groups: Parts of the channels with offsets of their own.
+    """
+    n, c, h, w = x.shape
+    kernel = weight.shape[-1]
+    taps = kernel * kernel
+    y, x_at = (torch.arange(side, device=x.device, dtype=x.dtype) for side in (h, w))
+    reach = torch.arange(kernel, device=x.device, dtype=x.dtype) - kernel // 2
+    tap_y, tap_x = (part.reshape(1, taps, 1, 1) for part in torch.meshgrid(reach, reach, indexing="ij"))
+    shift = offset.reshape(n * groups, taps, 2, h, w)
+    y, x_at = y.view(1, 1, h, 1) + tap_y + shift[:, :, 0], x_at + tap_x + shift[:, :, 1]
+    grid = torch.stack(((2 * x_at + 1) / w - 1, (2 * y + 1) / h - 1), dim=-1).view(n * groups, taps * h, w, 2)
+    samples = F.grid_sample(x.reshape(n * groups, c // groups, h, w), grid, align_corners=False)
+    columns = (samples * mask.reshape(n * groups, 1, taps * h, w)).reshape(n, c * taps, h * w)
+    return (weight.reshape(1, -1, c * taps) @ columns).view(n, -1, h, w) + bias.view(1, -1, 1, 1)
+
+
+class DeformConv(nn.Module):
+    """Features warped and filtered at once; where to look is read from other features (EDVR, section 3.2)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.conv_offset = conv3x3(channels, 3 * 9 * groups)
+
+    def forward(self, x: Tensor, where: Tensor) -> Tensor:
+        """(N, C, H, W) each -> (N, C, H, W)."""
+        offset, mask = self.conv_offset(where).split((2 * 9 * self.groups, 9 * self.groups), dim=1)
+        return deform_conv(x, offset, mask.sigmoid(), self.weight, self.bias, self.groups)

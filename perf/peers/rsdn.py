@@ -48,10 +48,9 @@ class Cell(nn.Module):
 
         Every pixel has a 3x3 filter of its own, the same for all channels.
         """
-        filters = leaky(self.forget(frame))
+        filters, likeness = leaky(self.forget(frame)), torch.zeros_like(hidden)
         h, w = hidden.shape[-2:]
         padded = F.pad(hidden, (1, 1, 1, 1))
-        likeness = torch.zeros_like(hidden)
         for tap in range(9):
             shifted = padded[:, :, tap // 3 : tap // 3 + h, tap % 3 : tap % 3 + w]
             likeness = likeness + filters[:, tap : tap + 1] * shifted
@@ -82,14 +81,13 @@ class Rsdn(nn.Module):
         """(N, T, 3, H, W), T > 1 -> (N, T, 3, 4H, 4W)."""
         n, t, _, h, w = frames.shape
         structures = structure_of(frames)
-        details = frames - structures
         hidden = frames.new_zeros(n, CHANNELS, h, w)
         last = (frames.new_zeros(n, SUBPIXELS, h, w), frames.new_zeros(n, SUBPIXELS, h, w))
         answers = []
         for index in range(t):
-            before = index - 1 if index else 1  # the first frame takes its successor instead
-            pair = [torch.cat((part[:, before], part[:, index]), dim=1) for part in (details, structures)]
-            hidden, last = self.neuro(*pair, hidden, last, frames[:, index])
+            pair = [index - 1 if index else 1, index]  # the first frame takes its successor instead
+            parts = [part[:, pair].flatten(1, 2) for part in (frames - structures, structures)]
+            hidden, last = self.neuro(*parts, hidden, last, frames[:, index])
             answers.append(F.pixel_shuffle(self.conv(torch.cat(last, dim=1)), 4))
         return torch.stack(answers, dim=1)
 
@@ -99,7 +97,6 @@ def structure_of(frames: Tensor) -> Tensor:
 
     Section 3.1 says bicubic; the authors' code, and so their checkpoint, has bilinear.
     """
-    n, t, c, h, w = frames.shape
-    flat = frames.reshape(n * t, c, h, w)
+    flat = frames.flatten(0, 1)
     half = F.interpolate(flat, scale_factor=0.5, mode="bilinear", align_corners=False)
-    return F.interpolate(half, size=(h, w), mode="bilinear", align_corners=False).view_as(frames)
+    return F.interpolate(half, size=flat.shape[-2:], mode="bilinear", align_corners=False).view_as(frames)

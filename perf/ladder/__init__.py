@@ -1,1 +1,0 @@
-"""The ladder: from the baseline in PyTorch to the fastest thing served, one rung at a time."""
