@@ -32,6 +32,7 @@ FALLBACK_RATE = Fraction(25)  # frames per second, for the few streams that say 
 LARGEST_RATE_TERM = 2**30  # encoders keep the rate as two 32-bit integers
 MOST_WITHOUT_TIME = 32  # frames at the beginning that are kept until one has a time
 STEPS_BACK = 2  # frames by which times step back where another recording begins
+DURATION_IS_END = ("asf",)  # containers whose streams are as long as until the end of the last
 ALPHA = ("alpha_mode", "1")  # Matroska's tag of VP8 and VP9, whose decoder leaves transparency out
 
 
@@ -108,6 +109,7 @@ class Video:
         self._stream.thread_count = DECODER_THREADS
         self._stills = source.files() if source.is_stills else []
         self._packets = self._frames = self._refused = self._before_start = 0
+        self._repeated_until = 0
         self._lead_s = Fraction(0)  # from the first packet to the first frame that can be decoded
         self._shown = (0, 0)  # times of the first frame and of the end, in ticks
         self._is_read_whole = True
@@ -178,7 +180,8 @@ class Video:
                 self._is_read_whole = False
                 return
             found += 1
-            self.last_duration = frame.duration or self._nominal_ticks
+            step = pts - self._shown[1] + self.last_duration if found > 1 else self._nominal_ticks
+            self.last_duration = frame.duration or step
             self._shown = (first, pts + self.last_duration)
             yield Frame(self._image(frame), pts)
         if not found:
@@ -248,6 +251,10 @@ class Video:
                 packet = next(packets, None)
                 if packet is None:
                     return
+                if not packet.size and packet.dts is not None:
+                    # The frame before once more, as Theora says it; FFmpeg's command skips it too.
+                    self._repeated_until = packet.dts + (packet.duration or self._nominal_ticks)
+                    continue
                 if packet.size and not packet.is_discard:
                     self._packets += 1
                     if packet.pts is not None and first is None:
@@ -317,11 +324,14 @@ class Video:
         stream, picture = self._stream, self.picture
         if not self._is_read_whole:
             return None
-        first, end = self._shown
+        first, end = self._shown[0], max(self._shown[1], self._repeated_until)
         seconds = float((end - first) * picture.time_base + self._lead_s)
-        promised = _declared_duration_s(stream, float(first * picture.time_base - self._lead_s))
+        is_end = self._container.format.name in DURATION_IS_END
+        start_s = float(first * picture.time_base - self._lead_s)
+        promised = _declared_duration_s(stream, start_s, is_end)
         # A file may promise samples that an edit list hides, so the count alone proves nothing.
-        if promised - seconds > 1.5 / picture.rate and self._packets < (stream.frames or inf):
+        frame_s = max(1 / picture.rate, self.last_duration * picture.time_base)
+        if promised - seconds > 1.5 * frame_s and self._packets < (stream.frames or inf):
             of_frames = f" of {stream.frames}" if stream.frames else ""
             return f"ends after {self._frames}{of_frames} frames, {seconds:.2f} s of {promised:.2f} s"
         lost = self._packets - self._before_start - self._frames
@@ -352,10 +362,10 @@ class Video:
         )
 
 
-def _declared_duration_s(stream: VideoStream, start_s: float) -> float:
+def _declared_duration_s(stream: VideoStream, start_s: float, is_end: bool) -> float:
     """How long the picture is by what the file says of this stream; 0 where it says nothing."""
     if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * stream.time_base) - (max(0.0, start_s) if is_end else 0.0)
     clock = re.fullmatch(r"(\d+):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska
     hours, minutes, seconds = clock.groups() if clock else (0, 0, 0)
     # FFmpeg writes when the stream ends, which is how long it is only where it starts at zero.

@@ -1,0 +1,17 @@
+"""Damaged files of every container: each ends in a file or in one line, and the process lives."""
+
+from __future__ import annotations
+
+from fuzz import KINDS, fuzz
+
+FILES_PER_KIND = 4
+SEED = 7
+
+
+def test_damaged_files(tmp_path, matrix_cell):
+    record = matrix_cell("Damaged files", f"seed {SEED}", "all kinds")
+    endings = fuzz(SEED, FILES_PER_KIND * len(KINDS), tmp_path)
+    assert set(endings) <= {"done", "refused"}, endings
+    assert sum(endings.values()) == FILES_PER_KIND * len(KINDS)
+    assert endings["done"] and endings["refused"]
+    record(", ".join(f"{count} {how}" for how, count in sorted(endings.items())))
