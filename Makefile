@@ -10,6 +10,8 @@ QUICK ?=
 LADDER_ARGS ?=
 GPU_ARGS ?=
 EVALUATE_ARGS ?=
+# Two files of tests at a time: many of them wait more than they compute.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py export/data/*.py export/metrics/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plans configs serve doctor demo lint format unit test perf-tools sweep peers bench measure gpu ladder report evaluate clean
+.PHONY: help setup export plans configs serve doctor demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,11 +68,11 @@ format: setup  ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-unit: setup  ## The tests that need no server
-	$(BIN)/python -m pytest -m "not server"
+check: lint  ## Lint and the quick tests: what to run while changing things
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not server and not slow"
 
-test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server
-	$(BIN)/python -m pytest
+test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server  [PYTEST_ARGS="-n 2"]
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 perf-tools: setup  ## Get a perf_analyzer that runs here (needs no root)
 	$(BIN)/python -m perf.analyzer

@@ -15,12 +15,21 @@ import click
 from .batch import Job, jobs_from_arguments
 from .errors import UpscaleError
 from .frames.scenes import DEFAULT_THRESHOLD
-from .options import TopicCommand, frames_per_second, height_and_width, seconds, streams, topic_options
-from .pipeline import Options, Result, upscale
+from .options import (
+    TopicCommand,
+    byte_count,
+    frames_per_second,
+    height_and_width,
+    seconds,
+    streams,
+    topic_options,
+)
+from .pipeline import Options, Result
 from .progress import ConsoleProgress, JsonProgress, Progress
 from .reports.compare import check_target
 from .reports.compare import compare as compare_clips
 from .reports.html_report import check_reference, write_page
+from .run import upscale
 from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
 from .serving.server import DEFAULT_URL
@@ -170,6 +179,12 @@ a_file = click.Path(path_type=Path)
     metavar="N",
     help="Work is kept in pieces of so many frames [100].",
 )
+@on_run(
+    "--memory",
+    type=byte_count,
+    metavar="SIZE",
+    help="For frames under way, such as 2G [a quarter of all].",
+)
 @on_run("--restart", is_flag=True, help="Throw away what an unfinished run left beside OUT.")
 @on_run("--dry-run", is_flag=True, help="Try a few frames; estimate time and size.")
 @on_run("--json", "as_json", is_flag=True, help="Tell programs: one JSON object a line on stdout.")
@@ -184,6 +199,7 @@ def main(
     preset: str | None,
     pix_fmt: str | None,
     segment_frames: int,
+    memory: int | None,
     allow_mixed_weights: bool,
     tls_ca: Path | None,
     tls_cert: Path | None,
@@ -256,6 +272,7 @@ def main(
             scene_threshold=scene_threshold,
             range=Range(start, duration, max_frames),
             final_size=final_size,
+            memory=memory,
             transport=transport,
             restart=restart,
             allow_damage=allow_damage,

@@ -68,6 +68,15 @@ def streams(text: str) -> tuple[frozenset[int] | None, frozenset[int]]:
     raise click.BadParameter(f"expected numbers to keep, as 0,1, or to leave out, as -2, found {text!r}")
 
 
+def byte_count(text: str) -> int:
+    """Read an amount of memory such as 500M, 2G or 1.5GiB, in powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?", text, re.IGNORECASE)
+    total = int(Fraction(found[1]) * 1024 ** "_KMGT".index((found[2] or "_").upper())) if found else 0
+    if not total:
+        raise click.BadParameter(f"expected an amount of memory such as 500M or 2G, found {text!r}")
+    return total
+
+
 def frames_per_second(text: str) -> Fraction:
     """Read a rate such as 25, 23.976 or 30000/1001."""
     if not re.fullmatch(r"[1-9]\d*(?:\.\d+|/[1-9]\d*)?", text):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 from av import FFmpegError
 from tritonclient.utils import InferenceServerException
@@ -53,3 +54,8 @@ def stage(
     except kinds as err:
         remedy = f": {what_to_do}" if what_to_do else ""
         raise UpscaleError(f"{what_fails} ({reason_of(err)}){remedy}") from err
+
+
+def reading(path: Path) -> AbstractContextManager[None]:
+    """The stage that reads a clip."""
+    return stage(f"cannot read {path}", "check that it plays")

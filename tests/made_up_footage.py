@@ -6,9 +6,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from export.data.clips import Clip
+from export.data.clips import SEGMENT, Clip
 
 
 def write_video(path: Path, frames: np.ndarray) -> Path:
@@ -31,3 +33,11 @@ def write_sequence(folder: Path, frames: np.ndarray, suffix: str = "png") -> Pat
 def noise_clip(name: str, frames: int, side: int) -> Clip:
     rng = np.random.default_rng(len(name))
     return Clip(name, rng.integers(0, 255, (3, frames, side, side + 16, 3), dtype=np.uint8))
+
+
+def moving_clip(grid: tuple[int, int], scale: int) -> Clip:
+    """One segment, 96x112, of a smooth picture that moves by (2, 3) pixels a frame."""
+    noise = torch.rand(1, 3, *grid, generator=torch.Generator().manual_seed(0))
+    picture = (F.interpolate(noise, scale_factor=scale, mode="bicubic")[0].clamp(0, 1) * 255).byte().numpy()
+    frames = [picture[:, 2 * t : 2 * t + 96, 3 * t : 3 * t + 112] for t in range(SEGMENT)]
+    return Clip("moving", np.stack(frames).transpose(0, 2, 3, 1)[None])

@@ -68,6 +68,8 @@ class _Connection:
     """The connection to one server."""
 
     server: ServerProtocol
+    capacity: int
+    """Requests that keep the server busy."""
     busy: int = 0
     lost: bool = False
     trouble: str = ""
@@ -84,7 +86,7 @@ class Session:
     """Shares windows over servers that hold the same ensemble, and hands the answers back in order.
 
     Windows are stateless: one whose server dies is sent again, to that server once it is back or to
-    another. At most twice the requests in flight are held in memory.
+    another. At most twice the requests in flight are held in memory, or what ``limit`` says.
 
     Args:
         servers: At least one; all with the same contract.
@@ -112,11 +114,13 @@ class Session:
                     "give --url only servers with the same model repository"
                 )
         self.in_flight = sum(server.in_flight for server in servers)
+        """Requests that keep all servers busy."""
+        self._most_held = 2 * self.in_flight
         self.wait_s = 0.0
         """Time that the last round of windows spent with nothing to do but wait for an answer."""
         self.resent = 0
         """Windows that had to be sent again."""
-        self._lines = [_Connection(server) for server in servers]
+        self._lines = [_Connection(server, server.in_flight) for server in servers]
         self._patience_s, self._stall_s = patience_s, stall_s
         self._busy_lock = threading.Lock()
         self._last_sign_of_life_s = time.monotonic()
@@ -127,6 +131,18 @@ class Session:
                 f"expected the same weights everywhere, found that {different}; "
                 "name servers of one model with --url, or pass --allow-mixed-weights"
             )
+
+    def limit(self, windows: int) -> None:
+        """Hold at most so many windows, or answers that wait for their turn, from the next round on.
+
+        Args:
+            windows: At least 1. Fewer than the requests that keep all servers busy are shared out over them;
+                shared memory that is set up after this has room for no more.
+        """
+        self._most_held = windows
+        for line in self._lines:
+            share = -(-line.capacity * windows // self.in_flight)
+            line.server.in_flight = min(line.capacity, share)
 
     def weights(self) -> dict[str, Identity]:
         """What weights each server has, by its address."""
@@ -162,7 +178,7 @@ class Session:
             while line := self._free_line():
                 if again:
                     job = heapq.heappop(again)
-                elif more and len(in_order) < 2 * self.in_flight:
+                elif more and len(in_order) < self._most_held:
                     index, lr_window = next(source, (-1, None))
                     if lr_window is None:
                         more = False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +24,9 @@ from .decode import Picture
 from .source import Y4M_FORMAT
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 prints a banner per encoder otherwise
+
+
+PIPE_BYTES = 1 << 20  # written at a time
 
 
 @dataclass(frozen=True)
@@ -170,9 +175,41 @@ def write_segment(path: Path, hr_frames: Iterable[Image], picture: Picture, enco
     return count
 
 
+class _Y4mPipe:
+    """Standard output, with the shape of pixels in the header, which FFmpeg's muxer takes from nowhere."""
+
+    name = "pipe:1"
+
+    def __init__(self, aspect: Fraction | None) -> None:
+        self._aspect = aspect
+        self.failure: OSError | None = None
+        """What PyAV hides when it writes."""
+
+    def write(self, data: bytes) -> int:
+        """Write bytes; the first hold the header."""
+        written = len(data)
+        if self._aspect:
+            data = bytes(data).replace(b" A0:0", b" A%d:%d" % self._aspect.as_integer_ratio(), 1)
+            self._aspect = None
+        try:
+            sys.stdout.buffer.write(data)
+        except OSError as err:
+            self.failure = err
+            raise
+        return written
+
+
 def write_y4m(hr_frames: Iterable[Image], picture: Picture, pix_fmt: str) -> int:
     """Write frames to standard output as y4m, which knows one frame rate and no times."""
     encoding = Encoding(Codec("rawvideo", pix_fmt), pix_fmt, ())
     deep = {"strict": "-1"}  # y4m of more than 8 bits is an extension
-    with av.open("pipe:1", "w", format=Y4M_FORMAT, container_options=deep) as container:
-        return encode(container, hr_frames, picture, encoding)
+    pipe = _Y4mPipe(picture.sample_aspect_ratio)
+    try:
+        with av.open(
+            pipe, "w", format=Y4M_FORMAT, container_options=deep, buffer_size=PIPE_BYTES
+        ) as container:
+            return encode(container, hr_frames, picture, encoding)
+    except av.FFmpegError:
+        if pipe.failure:
+            raise pipe.failure from None
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from math import lcm
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ from av.video.stream import VideoStream
 from ..errors import UpscaleError
 from .decode import Picture
 from .encode import tag_stream
+from .matroska import ROOM
 from .source import Source
 from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import Span
@@ -38,6 +40,8 @@ from .tracks import (
 MP4_FAMILY = (".mp4", ".m4v", ".mov")
 MATROSKA = (".mkv", ".webm")
 SUFFIXES = (*MP4_FAMILY, *MATROSKA)
+
+FINEST_TIME_SCALE = 1 << 30  # per second, of a movie: players keep it in 32 bits
 
 # Facts about the source's own bytes, which would be wrong in another file.
 CONTAINER_TAGS = ("encoder", "major_brand", "minor_version", "compatible_brands")
@@ -97,7 +101,9 @@ class Layout:
         self.source = files.enter_context(source.open())
         read_all(self.source)
         first = files.enter_context(av.open(str(segment)))
-        self.out = files.enter_context(av.open(str(out), "w", container_options=_options(out, picture)))
+        self.out = files.enter_context(
+            av.open(str(out), "w", container_options=_options(out, picture, self.source))
+        )
         main = main_stream(self.source, selection)
         self.tracks: dict[int, Track] = {}
         """By the number of the stream in the source."""
@@ -106,6 +112,9 @@ class Layout:
             if stream is main:
                 self.picture_stream = cast(VideoStream, copy_of(self.out, template, template))
                 _dress(self.picture_stream, stream)
+                self.title = stream.metadata.get("title", "")
+                if writes_aspect(out, picture):
+                    self.picture_stream.metadata["title"] = self.title + ROOM
                 self._describe_picture(picture)
             else:
                 self.tracks[stream.index] = self._track(source, stream, template, forms[stream.index])
@@ -131,6 +140,11 @@ class Layout:
         if form in AUDIO_CODECS:
             return ConvertedAudio(self.out, cast(AudioStream, stream), form)
         return ConvertedSubtitles(self.out, cast(SubtitleStream, stream), form)
+
+
+def writes_aspect(out: Path, picture: Picture) -> bool:
+    """Whether the shape of pixels is written into the file when it is finished."""
+    return out.suffix.lower() in MATROSKA and picture.sample_aspect_ratio is not None
 
 
 def in_order(container: InputContainer, selection: Selection, forms: Forms) -> list[Stream]:
@@ -172,10 +186,14 @@ def _dress(copy: Stream, original: Stream) -> None:
         copy.disposition = original.disposition
 
 
-def _options(out: Path, picture: Picture) -> dict[str, str]:
+def _options(out: Path, picture: Picture, source: InputContainer) -> dict[str, str]:
     if out.suffix.lower() in MP4_FAMILY:
-        # A picture that starts late is written as a pause in the movie's time scale: milliseconds
+        # A stream that starts late is written as a pause in the movie's time scale: milliseconds
         # unless told otherwise, and the start would be rounded.
-        return {"movflags": "+faststart", "movie_timescale": str(picture.time_base.denominator)}
+        scale = picture.time_base.denominator
+        for stream in source.streams.audio:
+            finer = lcm(scale, stream.codec_context.sample_rate if stream.codec_context else 1)
+            scale = finer if 0 < finer <= FINEST_TIME_SCALE else scale
+        return {"movflags": "+faststart", "movie_timescale": str(scale)}
     # Audio that starts before zero, as AAC's priming does, would shift everything.
     return {"avoid_negative_ts": "disabled"}

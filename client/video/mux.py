@@ -21,7 +21,8 @@ from ..errors import UpscaleError
 from ..stages import reason_of
 from .clock import MAY_REPEAT, packets_of
 from .decode import Picture
-from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix
+from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix, writes_aspect
+from .matroska import set_aspect
 from .source import Source
 from .streams import (
     EVERY_STREAM,
@@ -238,6 +239,9 @@ class Muxer:
             for packet in packets:
                 clock.set(packet)
                 layout.out.mux(packet)
+        if writes_aspect(self._out, self._picture):
+            aspect = self._picture.sample_aspect_ratio or Fraction(1)
+            set_aspect(self._out, self._picture.size, aspect, layout.title)
         return sent
 
     def _picture_packets(

@@ -26,7 +26,7 @@ MAX_FRAMES = 1200  # of one clip
 TRUTH_SIDE = 540  # shorter side of truth made from large frames
 # Without the latter two, swscale gives neighboring RGB pixels one chroma value.
 SCALER = Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-CUT_LEVELS = 30.0  # mean absolute difference of consecutive frames, in grey levels, that counts as a cut
+CUT_LEVELS = 30.0  # mean absolute difference of consecutive frames, in gray levels, that counts as a cut
 HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 VIDEO_SUFFIXES = {".264", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".y4m"}
 PHOTO_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
@@ -49,7 +49,7 @@ class Clip:
 def truth_factor(short_side: int) -> int:
     """How far lossy-coded video is reduced before it counts as truth.
 
-    At least 2: chroma is stored at half size, and halving buries most coding artefacts.
+    At least 2: chroma is stored at half size, and halving buries most coding artifacts.
     """
     return max(2, round(short_side / TRUTH_SIDE))
 
@@ -100,7 +100,7 @@ def decode_frames(path: Path, lossless: bool) -> Iterator[NDArray[np.uint8]]:
         try:
             for frame in _decoded(file):
                 if frame.color_trc in HDR_TRANSFERS:
-                    raise ExportError("HDR transfer; expected SDR footage, tone-map it first")
+                    raise ExportError("HDR transfer; expected SDR video, tone-map it first")
                 factor = 1 if lossless else truth_factor(min(frame.width, frame.height))
                 size = (frame.width // factor, frame.height // factor)
                 rgb = frame.reformat(*size, "rgb24", interpolation=SCALER)

@@ -1,7 +1,7 @@
-"""Drawings to train on: lines, grids, letters and plain shapes, as sharp as footage seldom shows them.
+"""Synthetic line art to train on: lines, grids, letters and plain shapes, sharper than most video has them.
 
-Thin straight lines a few pixels apart come through as beats of bright and dark. A network that has seen
-many takes them for lines; one that has not, for blobs.
+Reduced by four, thin lines a few pixels apart alias to a pattern of bright and dark. A network that was
+trained on many of them restores lines; one that was not, blobs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from export.data.clips import Clip, cache_file
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.6  # of the windows of stills, where there are photos too; with 0.4 thin lines were unlearned again
+SHARE = 0.6  # of photo windows, if there are photos too; with 0.4 trained networks lost thin lines again
 SIDE = 512  # hr pixels
-OVERSAMPLING = 4  # drawn so much larger, then averaged: smooth edges
+OVERSAMPLING = 4  # drawn larger by this, then averaged: smooth edges
 CANVAS = SIDE * OVERSAMPLING
 MAX_LAYERS = 2
-MIN_CONTRAST = 40.0  # grey levels between a layer and the ground
+MIN_CONTRAST = 40.0  # gray levels between a layer and the ground
 PITCH = 8.0, 32.0  # hr pixels from line to line: from where an lr frame begins to tell them apart
 STROKE = 1.0, 6.0  # hr pixels
 WAVES = 60.0, 400.0  # hr pixels of length
@@ -34,22 +34,22 @@ MAX_SOFTNESS = 0.8  # hr pixels, standard deviation: a lens
 MAX_TILT = 0.25  # how far perspective moves a corner, over the side
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789     .,:;-+()?!&%/"
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Motif = Callable[[ImageDraw.ImageDraw, np.random.Generator], None]
 
 
 def draw_all(count: int, cache: Path, photos: int = 0) -> list[Clip]:
-    """``count`` drawings, always the same, as photos are.
+    """Drawings, always the same ones, in the form of photos.
 
     Args:
-        count: so many. Few are learned by heart: a network of 0.3 M parameters gained 2 dB more on the 256 it
+        count: of drawings. A network overfits to few: one of 0.3 M parameters gained 2 dB more on the 256 it
             was trained on than on others.
-        cache: folder where they are kept, as decoded footage is.
-        photos: so many photos they are to be mixed with, see ``SHARE``.
+        cache: folder where they are kept, as decoded clips are.
+        photos: number of photos they are mixed with, see ``SHARE``.
     """
     if not count:
         return []
-    # Other code draws other pictures.
+    # The code is part of the key: other code draws other pictures.
     stored = cache / f"drawings-{count}-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}.npy"
     if not stored.exists():
         log.info("drawing %d pictures", count)
@@ -66,7 +66,7 @@ def draw_all(count: int, cache: Path, photos: int = 0) -> list[Clip]:
 def draw(seed: int) -> NDArray[np.uint8]:
     """(SIDE, SIDE, 3) RGB."""
     rng = np.random.default_rng((0, seed))
-    ground = _colour(rng)
+    ground = _color(rng)
     corners = np.clip(rng.normal(ground, 20, (2, 2, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(corners).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
     for _ in range(rng.integers(1, MAX_LAYERS + 1)):
@@ -75,13 +75,13 @@ def draw(seed: int) -> NDArray[np.uint8]:
         mask = mask.transform(
             mask.size, Image.Transform.PERSPECTIVE, _perspective(rng), Image.Resampling.BILINEAR
         )
-        image.paste(_colour(rng, unlike=ground), mask=mask)
+        image.paste(_color(rng, unlike=ground), mask=mask)
     image = image.reduce(OVERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_SOFTNESS)))
     return np.asarray(image)
 
 
-def _colour(rng: np.random.Generator, unlike: Colour | None = None) -> Colour:
-    """Any colour, often nearly grey; at least ``MIN_CONTRAST`` brighter or darker than ``unlike``."""
+def _color(rng: np.random.Generator, unlike: Color | None = None) -> Color:
+    """Any color, often nearly gray; at least ``MIN_CONTRAST`` brighter or darker than ``unlike``."""
     while True:
         drawn = rng.uniform(0, 255) + rng.uniform(0, 1) * rng.uniform(-128, 128, 3)
         red, green, blue = np.clip(drawn, 0, 255).astype(int).tolist()

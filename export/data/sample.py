@@ -48,21 +48,21 @@ def sample_windows(count: int, lr_size: Size, first: int = 120) -> NDArray[np.ui
         (count, 3, H, W, 3) uint8 RGB.
     """
     frames = _frames(sample_clip(), first, count + WINDOW - 1)
-    return _windows(_centre(frames, lr_size), count)
+    return _windows(_center(frames, lr_size), count)
 
 
 def reduced_windows(first: int, count: int) -> tuple[Frames, Frames]:
     """Consecutive windows of the clip reduced by 4, so that their truth is known.
 
     Args:
-        first: index of the first window's centre frame.
+        first: index of the first window's center frame.
         count: windows.
 
     Returns:
-        (count, 3, 68, 160, 3) uint8 lr windows, and (count, 272, 640, 3) uint8 truth of their centre frames.
+        (count, 3, 68, 160, 3) uint8 lr windows, and (count, 272, 640, 3) uint8 truth of their center frames.
     """
     around = WINDOW // 2
-    hr = _whole_granules(_frames(sample_clip(), first - around, count + 2 * around))
+    hr = _whole_multiples(_frames(sample_clip(), first - around, count + 2 * around))
     return _windows(_reduce(hr), count), hr[around : around + count]
 
 
@@ -94,8 +94,8 @@ def calibration_windows(folder: Path | None = None) -> list[Frames]:
                     f"expected {path} to have {CALIBRATION_FRAMES[-1] + WINDOW} frames of {least}x{least} or "
                     f"more to calibrate on, found {_described(frames, first)}; take it out of the folder"
                 )
-            hr = _whole_granules(frames)
-            windows += [_windows(_centre(lr, CALIBRATION_SIZE), 1) for lr in (_reduce(hr), hr)]
+            hr = _whole_multiples(frames)
+            windows += [_windows(_center(lr, CALIBRATION_SIZE), 1) for lr in (_reduce(hr), hr)]
     return windows
 
 
@@ -115,13 +115,13 @@ def _described(frames: Frames, first: int) -> str:
     return f"{count} frames of {height}x{width} from frame {first} on"
 
 
-def _whole_granules(frames: Frames) -> Frames:
+def _whole_multiples(frames: Frames) -> Frames:
     """Crop to sides whose reduction is a multiple of 4."""
     height, width = (side // (SCALE * MULTIPLE_OF) * SCALE * MULTIPLE_OF for side in frames.shape[1:3])
     return frames[:, :height, :width]
 
 
-def _centre(frames: Frames, size: Size) -> Frames:
+def _center(frames: Frames, size: Size) -> Frames:
     height, width = (min(side, most) for side, most in zip(frames.shape[1:3], size, strict=True))
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[:, top : top + height, left : left + width]

@@ -140,8 +140,8 @@ class WindowSampler:
             first = int(rng.integers(available - stride * (length - 1)))
             y, x = int(rng.integers(height - self.patch + 1)), int(rng.integers(width - self.patch + 1))
             # On the host wherever it is cut, or every crop would wait for a GPU; of a quarter of the pixels.
-            centre = segments[segment, first + stride * (length // 2)]
-            green = centre[y : y + self.patch : 2, x : x + self.patch : 2, 1].astype(np.int16)
+            center = segments[segment, first + stride * (length // 2)]
+            green = center[y : y + self.patch : 2, x : x + self.patch : 2, 1].astype(np.int16)
             sharpness = sum(float(np.abs(np.diff(green, axis=axis)).mean()) for axis in (0, 1))
             crops.append((sharpness, segment, first, y, x))
         _, segment, first, y, x = max(crops)

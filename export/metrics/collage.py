@@ -1,4 +1,4 @@
-"""Pictures for people: whole frames side by side, and under each the same detail, enlarged."""
+"""Collages: whole frames side by side, and under each the same detail, enlarged."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ BORDER = 4  # hr pixels left out on each side: the scale, as is the custom for s
 Channels = Literal["y", "rgb"]
 
 
-def luma(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+def luma_bt601(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
     """BT.601 studio-swing luma, 16..235, of (..., 3) uint8 RGB; not rounded (as MATLAB's rgb2ycbcr)."""
     return rgb @ np.array([65.481, 128.553, 24.966]) / 255 + 16
 
@@ -66,4 +66,4 @@ def ssim_y(image: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
 def _inner(rgb: NDArray[np.uint8], channels: Channels, border: int) -> NDArray[np.float64]:
     height, width = rgb.shape[:2]
     inner = rgb[border : height - border, border : width - border]
-    return luma(inner) if channels == "y" else inner.astype(np.float64)
+    return luma_bt601(inner) if channels == "y" else inner.astype(np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.registration import optical_flow_ilk
 
-from export.metrics.psnr_ssim import luma
+from export.metrics.psnr_ssim import luma_bt601
 
 FLOW_WARPS = 3  # of the optical flow estimate; ten agree within 2 % and take three times as long
 
@@ -19,8 +19,8 @@ Flow = NDArray[np.float32]
 
 def flows(frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Flow]:
     """Optical flow between consecutive (H, W, 3) uint8 RGB frames, by an estimator independent of ours."""
-    greys = [(luma(frame) / 255).astype(np.float32) for frame in frames]
-    return [optical_flow_ilk(a, b, num_warp=FLOW_WARPS, dtype=np.float32) for a, b in pairwise(greys)]
+    grays = [(luma_bt601(frame) / 255).astype(np.float32) for frame in frames]
+    return [optical_flow_ilk(a, b, num_warp=FLOW_WARPS, dtype=np.float32) for a, b in pairwise(grays)]
 
 
 def tof(frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], true_flows: Sequence[Flow]) -> float:

@@ -19,7 +19,7 @@ from export.errors import ExportError
 
 log = logging.getLogger(__name__)
 
-MODEL = "vmaf_v0.6.1"  # for a 1080p screen three heights away; smaller frames are judged as if they filled it
+MODEL = "vmaf_v0.6.1"  # for a 1080p screen three heights away; smaller frames are scored as if they filled it
 PACKAGE = "imageio_ffmpeg"
 
 

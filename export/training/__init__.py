@@ -1,1 +1,1 @@
-"""Training of the generator: footage in, checkpoints and their scores out."""
+"""Training of the generator: clips in, checkpoints and their scores out."""

@@ -1,4 +1,4 @@
-"""``python -m export average``: one network of several that began as one."""
+"""``python -m export average``: the mean of the weights of several runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from export.errors import ExportError
 @click.argument("checkpoints", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
 def average(checkpoints: tuple[Path, ...], out: Path) -> None:
-    """The mean of several checkpoints' weights, for runs that began from the same ones.
+    """Average the weights of several checkpoints, of runs that began from the same weights.
 
-    Where each wanders about one optimum, their mean is nearer to it than any (Wortsman et al. 2022, "model
-    soups"). Of runs that began apart it is worth nothing.
+    Each run ends at a distance from their common optimum, and the mean is often nearer to it (Wortsman et al.
+    2022, "model soups"). The mean of runs that began from different weights is useless.
     """
     import torch
 

@@ -84,7 +84,7 @@ def _footage_options(command: Command) -> Command:
     ])  # fmt: skip
 
 
-def _judge_options(required: bool) -> Callable[[Command], Command]:
+def _network_options(required: bool) -> Callable[[Command], Command]:
     """Weights of the networks of the perceptual loss and of LPIPS."""
 
     def decorate(command: Command) -> Command:
@@ -145,8 +145,8 @@ def _load_footage(
     # A larger patch must not leave fewer to score on: runs would not compare.
     validation_clips = load_folder(clips, cache, min_side=min(patch, max(CROP) + 1), names=names)
     training = [clip for clip in load_folder(clips, cache, min_side=patch) if clip.name not in names]
-    stills = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
-    return training, [*stills, *draw_all(line_art, cache, len(stills))], validation_clips
+    photo_clips = load_folder(photos, cache, min_side=patch, photo=True) if photos else []
+    return training, [*photo_clips, *draw_all(line_art, cache, len(photo_clips))], validation_clips
 
 
 @click.command()
@@ -154,7 +154,7 @@ def _load_footage(
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Run folder; an existing run is resumed."
 )
-@_judge_options(required=False)
+@_network_options(required=False)
 @_settings(*OF_PRUNING)
 def train(
     recipe: str | None, clips: Path, photos: Path | None, validation: Path, cache: Path, out: Path,
@@ -234,7 +234,7 @@ def prune(
 
 @click.command()
 @_footage_options
-@_judge_options(required=True)
+@_network_options(required=True)
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True,
     help="Folder of all runs and of the checkpoints; an existing one is resumed.",

@@ -7,6 +7,7 @@ times as long as they compute; a CUDA graph is captured once and replayed, and t
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -171,9 +172,16 @@ def offsets_from(step: int, footage: GpuFootage, size: int, length: int) -> Iter
         prefetch_factor=PREFETCH,
         collate_fn=tuple,
         multiprocessing_context="fork",  # the footage is not copied
+        worker_init_fn=_reset_signals,
     )
     for parts in loader:
         yield CropOffsets(*map(torch.from_numpy, parts))
+
+
+def _reset_signals(worker: int) -> None:
+    """Ctrl-C is for the process that trains, whose handlers a forked worker has inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Batches(Dataset[tuple[NDArray[Any], ...]]):

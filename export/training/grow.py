@@ -1,4 +1,4 @@
-"""A network's weights in a larger one, whose answers they do not change until it is trained."""
+"""Growing: a network's weights in a larger network, which at first computes the same function."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from export.network import MstGan, Widths
 def grow(small: MstGan, widths: Widths) -> MstGan:
     """The same function in wider layers, more blocks, or beside a pyramid (Net2Net, Chen et al. 2016).
 
-    Old channels come first and do not listen to new ones; new blocks begin as the identity, and all that is
-    new is otherwise as a fresh network has it. Of equal widths, a copy.
+    Old channels come first, with zero weights from new ones; new blocks begin as the identity; other new
+    weights are initialized as in an untrained network. Of equal widths, a copy.
 
     Args:
         small: any network.
-        widths: of the answer: at least those of ``small`` everywhere.
+        widths: of the larger network: nowhere less than those of ``small``.
 
     Raises:
-        ExportError: ``small`` has a layer that the answer lacks, or has narrower.
+        ExportError: ``small`` has a layer that the larger network lacks, or has narrower.
     """
     large = MstGan(widths)
     state = large.state_dict()

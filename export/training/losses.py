@@ -57,13 +57,13 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
         aligned: (NK, 37, H/4, W/4) float32, 0..1, see ``spec.ALIGNED``.
     """
     n, k, _, h, w = errors.shape
-    # The last answer of a crop has no next; of each window's two neighbours the second is the next frame.
+    # The last answer of a crop has no next; of each window's two neighbors the second is the next frame.
     to_next = flow.detach().unflatten(0, (n, k, 2))[:, :-1, 1].flatten(0, 1)
     unit = SCALE * FLOW_STRIDE // 2  # hr pixels per pixel of a flow at half the lr resolution
     to_next = unit * F.interpolate(to_next, scale_factor=float(unit), mode="bilinear", align_corners=False)
     frames = aligned.detach().unflatten(0, (n, k))[:, :-1].flatten(0, 1)
-    centre, _, warped = frames[:, : CHANNELS + 2].split((CHANNELS, 1, 1), dim=1)
-    misfit = (warped - luma(centre)).abs()
+    center, _, warped = frames[:, : CHANNELS + 2].split((CHANNELS, 1, 1), dim=1)
+    misfit = (warped - luma(center)).abs()
     fits = F.avg_pool2d(misfit, 3, stride=1, padding=1, count_include_pad=False) < MISALIGNED
     mask = F.interpolate(fits.float(), size=(h, w), mode="nearest")
     moved = backward_warp(errors[:, 1:].flatten(0, 1), to_next)

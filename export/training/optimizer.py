@@ -1,4 +1,4 @@
-"""What updates the weights: Muon for kernels, Adam for everything else."""
+"""Optimizers: Muon for convolution kernels, Adam for everything else."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor, nn
 MOMENTUM = 0.95
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of Jordan's quintic
 ITERATIONS = 5
-RMS = 0.2  # of an update over the learning rate, as Adam's: what suits one suits the other
+RMS = 0.2  # of an update over the learning rate, about Adam's: the same learning rates suit both
 BETAS = 0.9, 0.99
-DEVICE_SETTINGS = "lr", "capturable"  # of a group, as the device wants them
+DEVICE_SETTINGS = "lr", "capturable"  # of a parameter group; they depend on the device
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam as all training here uses it; on a GPU its steps can be recorded."""
+    """Adam as all training here uses it; on a GPU its steps can be part of a CUDA graph."""
     parameters = list(parameters)
     is_cuda = any(parameter.is_cuda for parameter in parameters)
     return torch.optim.Adam(parameters, lr=_rate(parameters, lr), betas=BETAS, fused=True, capturable=is_cuda)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)  # where recorded steps look for it
+            group["lr"].fill_(lr)  # where a CUDA graph reads it
         else:
             group["lr"] = lr
 
 
 def resume(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load ``state``, which another kind of device may have left."""
+    """Load ``state``, which may come from another kind of device."""
     kept = [
         {name: group[name] for name in group if name in DEVICE_SETTINGS} for group in optimizer.param_groups
     ]
@@ -44,18 +44,17 @@ def resume(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def _rate(parameters: Sequence[nn.Parameter], lr: float) -> float | Tensor:
-    """On a GPU a number in its memory, which recorded steps read anew."""
+    """On a GPU a tensor in its memory, which a CUDA graph reads at each step."""
     device = next((parameter.device for parameter in parameters if parameter.is_cuda), None)
     return torch.tensor(lr, device=device) if device else lr
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves every kernel by its momentum with all singular values made alike (Jordan et al. 2024).
+    """Updates each kernel by its orthogonalized momentum, all singular values about 1 (Jordan et al. 2024).
 
-    A kernel is the matrix of its output channels. What it has learned least of moves as far as what it has
-    learned most of, and so the same steps teach more than Adam's. Biases, which are no matrices, have Adam.
-    ``torch.optim.Muon`` takes matrices alone, one after the other; here kernels of a shape go together, which
-    a GPU needs to be kept busy. Scaled as by Liu et al. 2025, so that Adam's learning rates hold.
+    A kernel counts as a matrix, one row per output channel. Biases use Adam: Muon needs matrices.
+    ``torch.optim.Muon`` takes only matrices, one after the other; here kernels of one shape are batched, to
+    keep a GPU busy. Updates are scaled as by Liu et al. 2025, so that Adam's learning rates hold.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -83,7 +82,7 @@ class Muon(torch.optim.Optimizer):
                     kernel.sub_(step * update.view(kernel.shape))
 
     def _momentum(self, kernel: nn.Parameter, gradient: Tensor) -> Tensor:
-        """Nesterov's, as a matrix."""
+        """Nesterov momentum, as a matrix."""
         state = self.state[kernel]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(kernel)
@@ -91,18 +90,18 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(momentum, MOMENTUM).flatten(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of both."""
+        """State of both optimizers."""
         return {**super().state_dict(), "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of both."""
+        """Load the state of both optimizers."""
         own = {name: state_dict[name] for name in ("state", "param_groups")}
         super().load_state_dict(own)
         resume(self.adam, state_dict["adam"])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) with their singular values brought near one, most within 0.7 to 1.2."""
+    """Matrices (N, rows, columns) with their singular values brought near one, most to within 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16()

@@ -1,8 +1,8 @@
-"""Perceptual loss: how far two images are apart for a network trained to tell a thousand things apart.
+"""Perceptual loss: distance of two images in the features of a classification network.
 
 The network is VGG19 distilled to a sixteenth of its size (Wang et al. 2020, collaborative distillation). Its
-weights are not part of the project: one file, of the layout in which it is published. LPIPS, by which we
-judge, uses another network: a loss must not be its own judge.
+weights are not part of the project: one file, of the layout in which it is published. LPIPS, the reported
+metric, uses another network: what is optimized must not also be the score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from export.errors import ExportError
 
 WIDTHS = (16, 32, 64, 128, 128)  # channels of its five stages; VGG19's over four
 DEPTHS = (2, 2, 4, 4, 1)  # convolutions: to relu5_1
-TAPS = ("conv21", "conv31", "conv41", "conv51")  # what was distilled, but for the first: it sees mere pixels
+# The layers that were distilled, without the first, whose features are too local.
+TAPS = ("conv21", "conv31", "conv41", "conv51")
 EPSILON = 1e-3  # added to the squared length of a feature vector; that of a textured place is 1e2 or more
 
 

@@ -87,7 +87,7 @@ def _means(scores: Scores, measured: Sequence[Column]) -> str:
         return [format(column.of(metrics), column.style) for column in measured]
 
     clips = len(next(iter(scores.values())))
-    header = [f"mean of {clips} clips", *(column.title for column in measured)]
+    header = [f"mean of {clips} clips" if clips > 1 else "one clip", *(column.title for column in measured)]
     means = {name: mean(rows) for name, rows in scores.items()}
     rows = [["bicubic", *cells(next(iter(means.values())).bicubic), "", ""]]
     for name, m in means.items():

@@ -129,7 +129,7 @@ def test_foreign_files_survive_a_run_that_fails_at_once(clip, out, triton, monke
         out.with_name("out.mp4.part").joinpath("notes.txt").write_text("a")
         raise UpscaleError("no")
 
-    monkeypatch.setattr("mst_gan_client.pipeline.rehearse", refuse)
+    monkeypatch.setattr("mst_gan_client.run.rehearse", refuse)
     assert run_client(clip, out, "--url", triton.url).exit_code == 1
     assert list(contents(out.with_name("out.mp4.part"))) == ["notes.txt"]
 

@@ -335,3 +335,14 @@ def test_whatever_pyav_raises_is_one_line(tmp_path, triton, film, monkeypatch):
         monkeypatch.setattr(decode, "color_of", lambda frame, error=error: (_ for _ in ()).throw(error))
         line = refused(film, tmp_path / "out.mp4", triton)
         assert f"cannot read {film} ({type(error).__name__}: {error}): check that it plays" in line
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_sound_that_starts_late_stays_in_step(tmp_path, triton, film, suffix):
+    """In MP4 a late start is a pause, counted in a unit that must be fine enough."""
+    late = ("-itsoffset", "0.137", "-i", film, "-map", "0:v", "-map", "1:a", "-c", "copy")
+    source = ffmpeg("-i", film, *late, "-video_track_timescale", "25", tmp_path / "in.mp4")
+    out = upscaled(source, tmp_path / f"out{suffix}", triton)
+    before, after = sound_times(source), sound_times(out)
+    assert len(before) == len(after)
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) <= Fraction(1, 1000)

@@ -32,9 +32,9 @@ def shots(count, cuts):
 
 def stop_after(monkeypatch, segments):
     """Let the run end when so many segments are finished."""
-    import mst_gan_client.pipeline as pipeline
+    import mst_gan_client.run as run
 
-    write, written = pipeline.write_segment, []
+    write, written = run.write_segment, []
 
     def limited(path, *arguments):
         if path.stem != "rehearsal":
@@ -43,7 +43,7 @@ def stop_after(monkeypatch, segments):
             raise OSError(28, "No space left on device")
         return write(path, *arguments)
 
-    monkeypatch.setattr(pipeline, "write_segment", limited)
+    monkeypatch.setattr(run, "write_segment", limited)
 
 
 def upscale(clip, out, triton, *options):

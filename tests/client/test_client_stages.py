@@ -9,7 +9,7 @@ import av
 import pytest
 from client_fakes import FakeTriton, decoded, pictures, run_client, write_clip
 
-from mst_gan_client.pipeline import REHEARSED_FRAMES
+from mst_gan_client.run import REHEARSED_FRAMES
 
 ERRORS = [
     av.error.DecoderNotFoundError(1, "Decoder not found"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_network import LIGHT
 from torch import Tensor
 
 from export.data.clips import Clip
@@ -21,9 +24,12 @@ from export.training import gpu, trainer
 from export.training.config import Config
 from export.training.device import to_device
 from export.training.gpu import CropOffsets, CudaGraphUpdate, GpuFootage, offsets_from
+from export.training.interrupt import deferred_interrupt
 from export.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def photos(clips: list[Clip]) -> list[Clip]:
 
 
 def config(**changes: object) -> Config:
-    small = {"widths": "student", "steps": 6, "batch": 2, "patch": 64, "warmup": 2, "bf16": False}
+    small = {"widths": LIGHT.name, "steps": 6, "batch": 2, "patch": 64, "warmup": 2, "bf16": False}
     return Config(**{**small, **changes})  # type: ignore[arg-type]
 
 
@@ -112,6 +118,24 @@ def test_other_processes_sample_in_order(clips: list[Clip], photos: list[Clip]) 
     for step in range(5, 12):
         for mine, theirs in zip(footage.offsets(sampler.sample(step, 2), 3), next(found), strict=True):
             torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_ctrl_c_is_not_for_the_processes_that_sample(clips: list[Clip], photos: list[Clip]) -> None:
+    """Nor can they inherit a handler that makes them deaf to SIGTERM."""
+    sampler = WindowSampler(clips, photos, patch=64, photo_share=0.5, seed=1)
+    with deferred_interrupt():
+        found = offsets_from(0, GpuFootage(sampler, CPU), size=2, length=3)
+        next(found)
+        workers = psutil.Process().children()
+        masks = [Path(f"/proc/{worker.pid}/status").read_text() for worker in workers]
+        found.close()  # type: ignore[attr-defined]
+    assert masks
+    for mask in masks:
+        ignored, caught = (
+            int(mask.partition(f"{name}:\t")[2].split()[0], 16) for name in ("SigIgn", "SigCgt")
+        )
+        assert ignored >> (signal.SIGINT - 1) & 1
+        assert not (caught | ignored) >> (signal.SIGTERM - 1) & 1
 
 
 def test_one_graph_per_shape_after_a_warm_up(

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
+from made_up_footage import moving_clip
 from tiny_network import TINY, shake
 
 from export.__main__ import main
 from export.checkpoint import load_checkpoint, save_checkpoint
-from export.data.clips import SEGMENT, Clip
+from export.data.clips import Clip
 from export.errors import ExportError
 from export.metrics.lpips import BACKBONE_FILE, HEADS_FILE, Lpips
 from export.network import MstGan
@@ -33,11 +34,7 @@ pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
-    """A picture that moves by (2, 3) pixels per frame."""
-    noise = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0))
-    picture = (F.interpolate(noise, scale_factor=6, mode="bicubic")[0].clamp(0, 1) * 255).byte().numpy()
-    frames = [picture[:, 2 * t : 2 * t + 96, 3 * t : 3 * t + 112] for t in range(SEGMENT)]
-    return Clip("moving", np.stack(frames).transpose(0, 2, 3, 1)[None])
+    return moving_clip((20, 24), 6)
 
 
 @pytest.fixture
@@ -69,16 +66,16 @@ def config(**changes: object) -> Config:
 
 
 def random_triplets(seed: int) -> torch.Tensor:
-    return torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def test_discriminator_is_bounded_and_sees_time() -> None:
     torch.manual_seed(0)
     discriminator = Discriminator()
-    frames, bicubic = random_triplets(0), torch.rand(2, 3, 64, 64)
+    frames, bicubic = random_triplets(0), torch.rand(2, 3, 32, 32)
     for _ in range(20):
         scores = discriminator(frames, bicubic)
-    assert scores.shape == (2, 1, 4, 4)
+    assert scores.shape == (2, 1, 2, 2)
     discriminator.eval()
     for layer in discriminator.layers:
         norm = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
@@ -90,7 +87,7 @@ def test_discriminator_is_bounded_and_sees_time() -> None:
 def test_discriminator_learns_to_tell_and_the_generator_is_told() -> None:
     torch.manual_seed(0)
     adversarial = AdversarialLoss(config(adversarial_weight=2.0), None, CPU)
-    truth, lr = random_triplets(0), torch.rand(2, 3, 16, 16)
+    truth, lr = random_triplets(0), torch.rand(2, 3, 8, 8)
     answers = F.avg_pool2d(truth.flatten(0, 1), 5, 1, 2).view_as(truth).requires_grad_()
     losses = []
     for step in range(30):
@@ -128,7 +125,7 @@ def test_noise_fades_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         adversarial.discriminator, "forward", lambda x, _: seen.append(x) or x.mean((1, 2), keepdim=True)
     )
-    frames, lr = random_triplets(0), torch.rand(2, 3, 16, 16)
+    frames, lr = random_triplets(0), torch.rand(2, 3, 8, 8)
     for progress in (0.0, 0.5, 1.0, 1.2):
         adversarial.generator_loss(frames, frames, lr, 0, progress)
     sigmas = [float((x - frames).std()) for x in seen]

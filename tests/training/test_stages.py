@@ -4,14 +4,13 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from made_up_footage import moving_clip
 from tiny_network import LIGHT, TINY, random_window, shake
 
 from export.checkpoint import load_checkpoint
-from export.data.clips import SEGMENT, Clip
+from export.data.clips import Clip
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan, Widths
 from export.network.frames import frames_from_window
@@ -27,11 +26,7 @@ pytestmark = pytest.mark.usefixtures("tiny_widths")
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
-    """A smooth picture that moves by (2, 3) pixels per frame."""
-    noise = torch.rand(1, 3, 10, 12, generator=torch.Generator().manual_seed(0))
-    picture = (F.interpolate(noise, scale_factor=12, mode="bicubic")[0].clamp(0, 1) * 255).byte().numpy()
-    frames = [picture[:, 2 * t : 2 * t + 96, 3 * t : 3 * t + 112] for t in range(SEGMENT)]
-    return Clip("moving", np.stack(frames).transpose(0, 2, 3, 1)[None])
+    return moving_clip((10, 12), 12)
 
 
 @pytest.fixture
