@@ -18,7 +18,7 @@ import pytest
 MARK = "MST_GAN_TEST_SESSION"
 """Environment variable that every process of this session inherits, also one whose parent is gone."""
 PATIENCE_S = 10  # a server's clean-up process ends a moment after its server
-OWNED_REGION = re.compile(r"mst_gan_\d+_\d+_|vsr-upscale-\w+-\d+-")
+OWNED_REGION = re.compile(r"(?:mst_gan_\d+_|vsr-upscale-\w+-)(\d+)[-_]")  # the owner's process id
 OTHERS_FILES = {".ses"}  # ONNX Runtime's number of its session
 SHARED_FOLDER = Path("/dev/shm")
 
@@ -57,12 +57,8 @@ class Session:
 
 def regions() -> list[Path]:
     """Shared memory of this project's servers and clients, but for living processes of other sessions."""
-    found = []
-    for path in SHARED_FOLDER.iterdir():
-        pids = [int(number) for number in re.findall(r"(?<=[-_])\d+(?=[-_])", path.name)]
-        if OWNED_REGION.match(path.name) and not any(map(is_of_others, pids)):
-            found.append(path)
-    return found
+    owners = {path: OWNED_REGION.match(path.name) for path in SHARED_FOLDER.iterdir()}
+    return [path for path, owner in owners.items() if owner and not is_of_others(int(owner[1]))]
 
 
 def is_of_others(pid: int) -> bool:
