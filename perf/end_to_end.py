@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ import av
 import click
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 from rich.progress import track
 
 from deploy.embedded.launcher import MALLOC
@@ -46,28 +45,28 @@ MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # what m
 log = logging.getLogger(__name__)
 
 
-class Chain:
-    """The ensemble's steps as plain ONNX Runtime sessions in this process."""
+def chain(source: Repository, threads: int) -> Callable[[Frames], Frames]:
+    """The ensemble's steps as plain ONNX Runtime sessions in this process: windows in, frames out."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # As the server does: of three sessions in a row, two would spin on the cores that one works on.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = [*(["CUDAExecutionProvider"] if gpu() else []), "CPUExecutionProvider"]
+    sessions = [
+        onnxruntime.InferenceSession(str(path), options, providers) for path in source.files().values()
+    ]
 
-    def __init__(self, source: Repository, threads: int) -> None:
-        """Load every composing model with so many threads each."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # As the server does: of three sessions in a row, two would spin on the cores that one works on.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = [*(["CUDAExecutionProvider"] if gpu() else []), "CPUExecutionProvider"]
-        self.steps, files = source.steps, source.files().values()
-        self.sessions = [onnxruntime.InferenceSession(str(file), options, providers) for file in files]
-
-    def __call__(self, tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Run one batch through all steps; tensors are named as in the ensemble."""
-        values = dict(tensors)
-        for step, session in zip(self.steps, self.sessions, strict=True):
+    def run(windows: Frames) -> Frames:
+        values: dict[str, Any] = {source.input_name: windows}  # tensors are named as in the ensemble
+        for step, session in zip(source.steps, sessions, strict=True):
             outputs = list(step.output_map)
-            inputs = {name: values[source] for name, source in step.input_map.items()}
+            inputs = {name: values[tensor] for name, tensor in step.input_map.items()}
             for name, value in zip(outputs, session.run(outputs, inputs), strict=True):
                 values[step.output_map[name]] = value
-        return values
+        frames: Frames = values[source.output_name]
+        return frames
+
+    return run
 
 
 def bare_fps(source: Repository, windows: Frames, batch: int, streams: int) -> float:
@@ -78,15 +77,14 @@ def bare_fps(source: Repository, windows: Frames, batch: int, streams: int) -> f
     """
     for variable, size in MALLOC.items():
         ctypes.CDLL(None).mallopt(MALLOPT[variable], size)
-    name = source.input_name
-    chains = [Chain(source, max(1, len(os.sched_getaffinity(0)) // streams)) for _ in range(streams)]
+    chains = [chain(source, max(1, len(os.sched_getaffinity(0)) // streams)) for _ in range(streams)]
     work = [windows[start : start + batch] for start in range(0, len(windows), batch)]
-    for chain in chains:
-        chain({name: work[0]})
+    for run in chains:
+        run(work[0])
     started = time.perf_counter()
     with ThreadPoolExecutor(streams) as pool:
         # Each stream takes every n-th batch.
-        list(pool.map(lambda n: [chains[n]({name: b}) for b in work[n::streams]], range(streams)))
+        list(pool.map(lambda n: [chains[n](one) for one in work[n::streams]], range(streams)))
     return len(windows) / (time.perf_counter() - started)
 
 

@@ -74,7 +74,7 @@ class Ladder:
 
     baseline: Path  # weights of the first row
     repository: Path  # of rows without weights of their own
-    truths: list[quality.Truth]
+    clips: list[quality.EvaluationClip]
     size: Size  # of the lr frames that speed is measured with
     rounds: int
     least_s: float  # of a round of the baseline
@@ -82,7 +82,7 @@ class Ladder:
 
     def scores(self, upscale: Callable[[Frames], Frames]) -> Row:
         """Means over the test clips."""
-        found = [quality.scores(upscale(one.lr), one) for one in self.truths]
+        found = [quality.scores(upscale(one.lr), one) for one in self.clips]
         return {key: round(float(np.mean([one[key] for one in found])), 5) for key in found[0]}
 
     def first_row(self) -> Row:
@@ -152,12 +152,12 @@ def main(
     if quick:
         baseline, steps, per_window = checkpoint("student"), [QUICK], 4
         size, frames, rounds, seconds = (32, 48), quality.TOF_FRAMES, 1, 0.1
-    truths, out = quality.truths(folder, frames), out or (results.QUICK if quick else results.FOLDER)
+    test_clips, out = quality.read_clips(folder, frames), out or (results.QUICK if quick else results.FOLDER)
     result: dict[str, Any] = {
         "kind": "ladder", "name": "ladder_gpu" if gpu() else "ladder", "machine": machine(),
-        "size": list(size), "clips": [one.name for one in truths], "networks": {},
+        "size": list(size), "clips": [f"{one.name}, {frames} frames" for one in test_clips], "networks": {},
     }  # fmt: skip
-    ladder = Ladder(baseline, repository, truths, size, rounds, seconds, per_window)
+    ladder = Ladder(baseline, repository, test_clips, size, rounds, seconds, per_window)
     measured = [ladder.first_row()]
     for step in track(steps, "ladder", console=results.console):
         log.info("%s", step["name"])

@@ -10,20 +10,17 @@ from pathlib import Path
 import click
 import jinja2
 import matplotlib
-import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure as Canvas
+from tabulate import tabulate
 
 from perf import results, tables
 from perf.machine import ROOT
 from perf.results import Command, Figure, PerfError, Result
-from perf.tables import NOTHING, machine_of, shown
+from perf.tables import NOTHING, machine_of
 
 FOLDER = Path(__file__).parent
 PAGE = ROOT / "build" / "perf" / "report.html"
-# A headline is of one place that is named here, and not of the best place of a sweep.
-PLACE = {"size": "[180, 320]", "batch": "1", "transport": "grpc", "rate_fps": "None"}
-LEAST_ROUNDS = 3  # of a headline
 README_ROWS = ("pruned-int8-batched", "compact-int8", "student-int8")
 README_COLUMNS = ("row", "frames/s", "times the baseline", "loss dB")
 BEGIN, END = "<!-- python -m perf.report --readme -->", "<!-- end of perf.report -->"
@@ -31,58 +28,11 @@ BEGIN, END = "<!-- python -m perf.report --readme -->", "<!-- end of perf.report
 log = logging.getLogger(__name__)
 
 
-def headlines(found: Mapping[str, Result], concurrency: int) -> dict[str, Figure]:
-    """Frames/s at one place with settings as served, by model, machine and day, of all sweeps that have it.
-
-    Only where there are `LEAST_ROUNDS` rounds.
-    """
-    lines = []
-    for result in (one for one in found.values() if one["kind"] == "sweep"):
-        served = {key: (None, result["committed"][key]) for key in ("instances", "queue_delay_us")}
-        for row in result["rows"]:
-            here = {"concurrency": concurrency, "target": None}.items() <= row.items()
-            here &= all(str(row[key]) == value for key, value in PLACE.items())
-            if here and all(row[key] in values for key, values in served.items()):
-                name = (
-                    f"{row['weights'] or 'default'}, {result['machine']['date'][:10]}, {machine_of(result)}"
-                )
-                lines += [(name, one["fps"]) for one in row["rounds"] if "fps" in one]
-    pooled = pd.DataFrame(lines, columns=["name", "fps"]).groupby("name")["fps"]
-    return {str(name): Figure(tuple(rounds)) for name, rounds in pooled if len(rounds) >= LEAST_ROUNDS}
-
-
-def summary(found: Mapping[str, Result]) -> list[tables.Cells]:
-    """What an operator asks first."""
-    rows = {}
-    for count in (1, 8):
-        for name, one in headlines(found, count).items():
-            rows[f"320x180, {count} in flight: {name}"] = f"{one.text()} frames/s, {len(one.values)} rounds"
-    for result in found.values():
-        if result["kind"] == "sweep" and not result["stopped"]:
-            rows |= {f"{key} to choose": choice for key, choice in tables.choices(result["rows"]).items()}
-            counts = tables.streams(result["rows"], result["budget_ms"]) if result["budget_ms"] else {}
-            rows |= {f"streams of 24 frames/s in time: {place}": str(n) for place, n in counts.items()}
-        for row in result["rows"] if result["kind"] == "end_to_end" else ():
-            if row["name"] == "file to file":
-                rows[f"file to file, {tables.size_name(result['size'])}"] = f"{shown(row, 'fps', 1)} frames/s"
-    return [{"what": what, "answer": answer} for what, answer in rows.items()]
-
-
-def sources(found: Mapping[str, Result]) -> list[tables.Cells]:
-    """What was measured where."""
-    rows = []
-    for result in found.values():
-        models = {files["generator"].rpartition(" ")[2] for files in result.get("models", {}).values()}
-        machine = {key: result["machine"][key] for key in ("date", "commit")}
-        facts = {"results": result["name"], "machine": machine_of(result), **machine}
-        rows.append({**facts, "generator": ", ".join(sorted(models)) or NOTHING})
-    return rows
-
-
 def as_table(rows: list[tables.Cells]) -> str:
     """A Markdown table, without columns that say nothing."""
-    frame = pd.DataFrame(rows)
-    return str(frame.loc[:, (frame != NOTHING).any()].to_markdown(index=False, disable_numparse=True))
+    shown = [key for key in rows[0] if any(row[key] != NOTHING for row in rows)]
+    cells = [[row[key] for key in shown] for row in rows]
+    return tabulate(cells, shown, tablefmt="pipe", disable_numparse=True)
 
 
 def as_svg(bars: Mapping[str, Figure]) -> str:
@@ -107,11 +57,10 @@ def render(found: Mapping[str, Result]) -> tuple[str, str]:
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER / "templates"), trim_blocks=True, lstrip_blocks=True
     )
-    filters = {"as_table": as_table, "as_svg": as_svg, "source": tables.source_of, "size": tables.size_name}
+    filters = {"as_table": as_table, "as_svg": as_svg, "machine": machine_of, "size": tables.size_name}
     templates.filters |= filters
     facts = {
-        "summary": summary(found), "sources": sources(found), 
-        "measured": {*found, *(one["kind"] for one in found.values())},
+        "results": list(found.values()), "measured": {*found, *(one["kind"] for one in found.values())},
         "sweeps": [tables.sweep_part(one) for one in by_kind["sweep"]],
         "end_to_end": [tables.end_to_end_part(one) for one in by_kind["end_to_end"]],
         "ladders": [tables.ladder_part(one) for one in by_kind["ladder"]],

@@ -19,6 +19,7 @@ WORDS = {"queue_delay_us": "queue delay", "rate_fps": "frames/s sent", "concurre
 TRANSPORTS = {"grpc": "gRPC", "system": "shared memory", "cuda": "CUDA shared memory"}
 STREAM_FPS = 24
 IN_TIME = 0.98  # answers per second over frames sent per second, below which a queue grows
+LEAST_ROUNDS = 3  # of a headline
 NOTHING = "-"
 
 Cells = dict[str, str]
@@ -42,21 +43,6 @@ def machine_of(result: Result) -> str:
     units = ", ".join(unit.replace("_", "-").upper() for unit in machine["vector_units"][-2:])
     processor = f"{machine['cpu']}, {machine['cores']} cores ({units}), {machine['memory_gb']:g} GB"
     return f"{processor}; {machine['gpu'] or 'no GPU'}"
-
-
-def source_of(result: Result) -> str:
-    """Machine, versions, date, commit and models in one line."""
-    machine = result["machine"]
-    versions = {**machine["versions"], "perf_analyzer": machine.get("perf_analyzer")}
-    parts = [
-        machine_of(result), machine["system"],
-        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        f"load {machine['load_1m_at_start']:g} at the start",
-        f"{machine['date']}, commit {machine['commit']}",
-        *(f"generator {name}: {files['generator']}" for name, files in result.get("models", {}).items()),
-        f"results/{result['name']}.json",
-    ]  # fmt: skip
-    return "; ".join(parts)
 
 
 def shown(row: Row, key: str, digits: int = 0) -> str:
@@ -178,6 +164,9 @@ def sweep_part(result: Result) -> Part:
         "gains": gains(rows), "choices": choices(rows) if is_complete else {},
         "served": {key: setting(key, result["committed"][key]) for key in CHOSEN},
         "streams": streams(rows, result["budget_ms"]) if result["budget_ms"] else {},
+        "headlines": {
+            words(row, keys): shown(row, "fps", 1) for row in rows if len(row["rounds"]) >= LEAST_ROUNDS
+        },
         "stages": stages if set(keys) <= {"batch", "concurrency"} else [],
     }  # fmt: skip
 

@@ -19,19 +19,18 @@ LEVELS = ("l3", "l2", "l1")  # of the pyramid, coarse to fine
 class PcdAlignment(nn.Module):
     """Pyramid, cascading and deformable alignment of one frame's features to the center's (section 3.2)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, c: int) -> None:
         super().__init__()
-        two = 2 * channels
-        self.offset_conv1 = nn.ModuleDict({level: conv3x3(two, channels) for level in LEVELS})
+        self.offset_conv1 = nn.ModuleDict({level: conv3x3(2 * c, c) for level in LEVELS})
+        widths = (c, 2 * c, 2 * c)
         self.offset_conv2 = nn.ModuleDict(
-            {level: conv3x3(channels if level == LEVELS[0] else two, channels) for level in LEVELS}
+            {n: conv3x3(wide, c) for n, wide in zip(LEVELS, widths, strict=True)}
         )
-        self.offset_conv3 = nn.ModuleDict({level: conv3x3(channels, channels) for level in LEVELS[1:]})
-        self.dcn_pack = nn.ModuleDict({level: DeformConv(channels, GROUPS) for level in LEVELS})
-        self.feat_conv = nn.ModuleDict({level: conv3x3(two, channels) for level in LEVELS[1:]})
-        self.cas_offset_conv1 = conv3x3(two, channels)
-        self.cas_offset_conv2 = conv3x3(channels, channels)
-        self.cas_dcnpack = DeformConv(channels, GROUPS)
+        self.offset_conv3 = nn.ModuleDict({level: conv3x3(c, c) for level in LEVELS[1:]})
+        self.dcn_pack = nn.ModuleDict({level: DeformConv(c, GROUPS) for level in LEVELS})
+        self.feat_conv = nn.ModuleDict({level: conv3x3(2 * c, c) for level in LEVELS[1:]})
+        self.cas_offset_conv1, self.cas_offset_conv2 = conv3x3(2 * c, c), conv3x3(c, c)
+        self.cas_dcnpack = DeformConv(c, GROUPS)
 
     def forward(self, neighbor: dict[str, Tensor], center: dict[str, Tensor]) -> Tensor:
         """Features by level, (N, C, h, w) each -> (N, C, H, W)."""
@@ -44,8 +43,10 @@ class PcdAlignment(nn.Module):
             else:
                 where = leaky(self.offset_conv2[level](torch.cat((where, 2 * upscale(coarse[0], 2)), dim=1)))
                 where = leaky(self.offset_conv3[level](where))
-                found = self.dcn_pack[level](neighbor[level], where)
-                found = self.feat_conv[level](torch.cat((found, upscale(coarse[1], 2)), dim=1))
+                found = torch.cat(
+                    (self.dcn_pack[level](neighbor[level], where), upscale(coarse[1], 2)), dim=1
+                )
+                found = self.feat_conv[level](found)
                 if level != LEVELS[-1]:
                     found = leaky(found)
             coarse = where, found
@@ -56,14 +57,12 @@ class PcdAlignment(nn.Module):
 class TsaFusion(nn.Module):
     """Temporal and spatial attention: what resembles the center counts more (section 3.3)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, c: int) -> None:
         super().__init__()
-        c = channels
         self.temporal_attn1, self.temporal_attn2 = conv3x3(c, c), conv3x3(c, c)
-        self.feat_fusion = nn.Conv2d(WINDOW * c, c, 1)
-        self.spatial_attn1, self.spatial_attn2 = nn.Conv2d(WINDOW * c, c, 1), nn.Conv2d(2 * c, c, 1)
-        self.spatial_attn3, self.spatial_attn4 = conv3x3(c, c), nn.Conv2d(c, c, 1)
-        self.spatial_attn5 = conv3x3(c, c)
+        self.feat_fusion, self.spatial_attn1 = nn.Conv2d(WINDOW * c, c, 1), nn.Conv2d(WINDOW * c, c, 1)
+        self.spatial_attn2, self.spatial_attn4 = nn.Conv2d(2 * c, c, 1), nn.Conv2d(c, c, 1)
+        self.spatial_attn3, self.spatial_attn5 = conv3x3(c, c), conv3x3(c, c)
         self.spatial_attn_l1, self.spatial_attn_l2 = nn.Conv2d(c, c, 1), conv3x3(2 * c, c)
         self.spatial_attn_l3 = conv3x3(c, c)
         self.spatial_attn_add1, self.spatial_attn_add2 = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
@@ -75,9 +74,7 @@ class TsaFusion(nn.Module):
         each = self.temporal_attn2(aligned.reshape(n * t, c, h, w)).view(n, t, c, h, w)
         likeness = torch.sigmoid((each * center.unsqueeze(1)).sum(dim=2, keepdim=True))
         weighted = (aligned * likeness).reshape(n, t * c, h, w)
-
-        attention = leaky(self.spatial_attn1(weighted))
-        attention = leaky(self.spatial_attn2(_halved(attention)))
+        attention = leaky(self.spatial_attn2(_halved(leaky(self.spatial_attn1(weighted)))))
         coarser = leaky(self.spatial_attn_l2(_halved(leaky(self.spatial_attn_l1(attention)))))
         coarser = upscale(leaky(self.spatial_attn_l3(coarser)), 2)
         attention = leaky(self.spatial_attn4(leaky(self.spatial_attn3(attention)) + coarser))
@@ -87,37 +84,30 @@ class TsaFusion(nn.Module):
         return leaky(self.feat_fusion(weighted)) * torch.sigmoid(attention) * 2 + shift
 
 
-class Edvr(Reconstruction):
-    """Features of every frame, alignment, fusion, reconstruction of the center frame."""
-
-    def __init__(self, channels: int, blocks: int) -> None:
-        super().__init__(channels)
-        self.conv_first = conv3x3(3, channels)
-        self.feature_extraction = nn.Sequential(*(ResidualBlock(channels) for _ in range(5)))
-        self.conv_l2_1, self.conv_l2_2 = conv3x3(channels, channels, 2), conv3x3(channels, channels)
-        self.conv_l3_1, self.conv_l3_2 = conv3x3(channels, channels, 2), conv3x3(channels, channels)
-        self.pcd_align = PcdAlignment(channels)
-        self.fusion = TsaFusion(channels)
-        self.reconstruction = nn.Sequential(*(ResidualBlock(channels) for _ in range(blocks)))
-
-    def pyramid(self, frames: Tensor) -> list[dict[str, Tensor]]:
-        """Features by level, (N, C, h, w) each, of every frame of (N, T, 3, H, W)."""
-        n, t, c, h, w = frames.shape
-        l1 = self.feature_extraction(leaky(self.conv_first(frames.reshape(n * t, c, h, w))))
-        l2 = leaky(self.conv_l2_2(leaky(self.conv_l2_1(l1))))
-        l3 = leaky(self.conv_l3_2(leaky(self.conv_l3_1(l2))))
-        levels = {level: x.view(n, t, *x.shape[1:]) for level, x in zip(LEVELS, (l3, l2, l1), strict=True)}
-        return [{level: x[:, index] for level, x in levels.items()} for index in range(t)]
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """(N, 5, 3, H, W), H and W multiples of 4 -> (N, 1, 3, 4H, 4W)."""
-        features = self.pyramid(frames)
-        center = features[WINDOW // 2]
-        aligned = torch.stack([self.pcd_align(one, center) for one in features], dim=1)
-        answer = self.reconstruct(self.reconstruction(self.fusion(aligned)), frames[:, WINDOW // 2])
-        return answer.unsqueeze(1)
-
-
 def _halved(x: Tensor) -> Tensor:
     """Largest and mean of every other pixel's neighborhood."""
     return torch.cat((F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 3, 2, 1)), dim=1)
+
+
+class Edvr(Reconstruction):
+    """Features of every frame, alignment, fusion, reconstruction of the center frame."""
+
+    def __init__(self, c: int, blocks: int) -> None:
+        super().__init__(c)
+        self.conv_first = conv3x3(3, c)
+        self.feature_extraction = nn.Sequential(*(ResidualBlock(c) for _ in range(5)))
+        self.conv_l2_1, self.conv_l2_2 = conv3x3(c, c, 2), conv3x3(c, c)
+        self.conv_l3_1, self.conv_l3_2 = conv3x3(c, c, 2), conv3x3(c, c)
+        self.pcd_align, self.fusion = PcdAlignment(c), TsaFusion(c)
+        self.reconstruction = nn.Sequential(*(ResidualBlock(c) for _ in range(blocks)))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, 5, 3, H, W), H and W multiples of 4 -> (N, 1, 3, 4H, 4W)."""
+        l1 = self.feature_extraction(leaky(self.conv_first(frames.flatten(0, 1))))
+        l2 = leaky(self.conv_l2_2(leaky(self.conv_l2_1(l1))))
+        l3 = leaky(self.conv_l3_2(leaky(self.conv_l3_1(l2))))
+        pyramids = [x.unflatten(0, frames.shape[:2]).unbind(1) for x in (l3, l2, l1)]
+        features = [dict(zip(LEVELS, levels, strict=True)) for levels in zip(*pyramids, strict=True)]
+        aligned = torch.stack([self.pcd_align(one, features[WINDOW // 2]) for one in features], dim=1)
+        answer = self.reconstruct(self.reconstruction(self.fusion(aligned)), frames[:, WINDOW // 2])
+        return answer.unsqueeze(1)

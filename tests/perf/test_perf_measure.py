@@ -22,32 +22,26 @@ from perf.results import PerfError
 
 def test_the_default_test_clip_was_never_trained_on() -> None:
     """Big Buck Bunny is in the training footage; of the package's clips, this street scene is not."""
-    (truth,) = quality.truths(None, 6)
+    (clip,) = quality.read_clips(None, 6)
 
-    assert truth.name == "bikes.mp4, frames 120-125"
-    assert truth.hr.shape == (6, 272, 640, 3)
-    assert truth.lr.shape == (6, 68, 160, 3)
-    scores = quality.scores(truth.hr, truth)
-    assert (scores["psnr_db"], scores["ssim"], scores["tof_px"]) == (np.inf, 1.0, 0.0)
+    assert clip.name == "bikes.mp4"
+    assert clip.truth.shape == (6, 128, 320, 3)
+    assert clip.lr.shape == (6, 32, 80, 3)
+    found = quality.scores(clip.truth, clip)
+    assert (found["psnr_db"], found["ssim"], found["tof_px"]) == (np.inf, 1.0, 0.0)
 
 
-def test_own_clips_are_taken_from_their_middle_and_cropped(tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (10, 72, 100, 3), np.uint8)
+def test_own_clips_and_those_that_do_not_fit(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (10, 144, 200, 3), np.uint8)
     end_to_end.write_clip(tmp_path / "a.mp4", frames)
 
-    (truth,) = quality.truths(tmp_path, 6)
+    (clip,) = quality.read_clips(tmp_path, 6)
 
-    assert truth.name == "a.mp4, frames 2-7"
-    assert truth.hr.shape == (6, 64, 96, 3)
-    with pytest.raises(
-        PerfError, match=r"expected 16 frames of 64x64 or more in .*a\.mp4, found 10 of 100x72"
-    ):
-        quality.truths(tmp_path, 16)
-    (tmp_path / "b.txt").write_text("no video")
-    with pytest.raises(PerfError, match=r"b\.txt to be a video"):
-        quality.truths(tmp_path, 6)
-    with pytest.raises(PerfError, match="name a folder of test clips"):
-        quality.truths(tmp_path / "none", 6)
+    assert (clip.name, clip.truth.shape, clip.lr.shape) == ("a.mp4", (6, 64, 96, 3), (6, 16, 24, 3))
+    with pytest.raises(PerfError, match=r"expected 16 frames in a\.mp4, found fewer"):
+        quality.read_clips(tmp_path, 16)
+    with pytest.raises(PerfError, match="expected a folder of clips at"):
+        quality.read_clips(tmp_path / "none", 6)
 
 
 def test_every_round_of_a_row_follows_one_of_the_baseline(
@@ -122,6 +116,6 @@ def test_make_measure_at_toy_size(toy_repository: Path, tmp_path: Path) -> None:
     assert one["p50_ms"] <= one["p99_ms"]
     assert one["stages"]["generator"]["infer_ms"] > 0
     assert one["memory_mb"] > 50
-    assert found["ladder"]["clips"] == ["bikes.mp4, frames 120-125"]
+    assert found["ladder"]["clips"] == ["bikes.mp4, 6 frames"]
     for command in ("perf.sweep", "perf.end_to_end", "perf.ladder", "perf.peers", "perf.report"):
         assert f"-m {command} $(if $(QUICK),--quick)" in (ROOT / "Makefile").read_text()

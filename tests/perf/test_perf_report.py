@@ -99,17 +99,16 @@ def test_streams_in_time_are_those_within_the_budget_from_enough_requests(
     assert tables.streams(rows, 250) == {"size 320x180": streams}
 
 
-def test_a_headline_is_the_median_of_one_place_over_all_sweeps_and_not_the_best_point() -> None:
-    found = {
-        "a": sweep([row((28.0,)), row((90.0,), batch=4), row((80.0,), concurrency=1)]),
-        "b": sweep([row((27.0, 29.0), instances=2), row((70.0, 71.0), instances=1)]),
-    }
+def test_a_headline_is_a_median_of_enough_rounds_at_a_point_chosen_before() -> None:
+    """The sweep `throughput` names the point; the best of a sweep over many points is no headline."""
+    few, enough = row((90.0, 91.0)), row((27.0, 28.0, 29.0), weights="student")
+    best = sweep([row((95.0, 96.0, 97.0), batch=4)], name="concurrency")
 
-    (one,) = report.headlines(found, 8).values()
+    text, _ = report.render({"throughput": sweep([few, enough], name="throughput"), "concurrency": best})
 
-    assert (one.median, len(one.values)) == (28.0, 3)
-    del found["b"]
-    assert report.headlines(found, 8) == {}  # one round is no headline
+    short = text.split("## In short")[1].split("\n## ")[0]
+    assert "weights student: 28.0 (27.0-29.0) frames/s" in short
+    assert not re.search(r"9[0-7]\.\d", short)
 
 
 def test_an_unfinished_sweep_and_a_disturbed_machine_are_marked() -> None:
