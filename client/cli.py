@@ -30,9 +30,9 @@ from .reports.compare import check_target
 from .reports.compare import compare as compare_clips
 from .reports.html_report import check_reference, write_page
 from .run import upscale
+from .serving.addresses import DEFAULT_URL
 from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
-from .serving.server import DEFAULT_URL
 from .serving.session import Session
 from .serving.transports import AUTO, TRANSPORTS
 from .stages import reason_of, stage

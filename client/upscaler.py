@@ -17,10 +17,11 @@ from .errors import FrameError
 from .frames.scenes import DEFAULT_THRESHOLD, CutDetector
 from .frames.tiles import Grid, grid_for
 from .frames.windows import Image, Size, crop, fitted_size, pad, windows
+from .serving.addresses import DEFAULT_URL
 from .serving.contract import Contract
 from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
-from .serving.server import DEFAULT_URL, NO_SECURITY
+from .serving.server import NO_SECURITY
 from .serving.session import Session
 from .serving.transports import AUTO
 from .video.decode import Frame

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -112,6 +113,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Called with the number of the request, counted from 1, before it is answered."""
     refusal: tuple[grpc.StatusCode, str] | None = None
     """While it is set: not ready, and how every request for inference is refused."""
+    failure: Callable[[int], tuple[grpc.StatusCode, str] | None] = lambda count: None
+    """How a request for inference fails, by its number, or 0 for the probe; the server stays ready."""
     cuda: FakeCuda | None = None
     """The GPU that is shared with clients."""
     cuda_names: set[str] = field(default_factory=set)
@@ -124,7 +127,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Key and certificate: speak TLS."""
     headers: list[dict[str, str]] = field(default_factory=list)
     """Of every request for inference."""
+    host: str = "127.0.0.1"
     port: int = 0
+    probes: int = 0
     requests: int = 0
     under_way: int = 0
     most_under_way: int = 0
@@ -133,13 +138,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._used: list[str] = []
+        self.started_ns = time.time_ns()
         self.start()
 
     def start(self) -> None:
         options = [("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(32), options=options)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        address = f"127.0.0.1:{self.port}"
+        address = f"{self.host}:{self.port}"
         if self.certificate:
             credentials = grpc.ssl_server_credentials([self.certificate])
             self.port = self._server.add_secure_port(address, credentials)
@@ -153,7 +159,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     @property
     def url(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def __enter__(self) -> FakeTriton:
         return self
@@ -179,6 +185,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelInfer(self, request, context):  # noqa: N802
         if request.id == "probe":
+            self.probes += 1
+            self._fail(0, context)
             return self._answer(request)
         with self._lock:
             self.requests += 1
@@ -198,12 +206,24 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.before_answer(count)
             if self.refusal:
                 context.abort(*self.refusal)
+            self._fail(count, context)
             return self._answer(request)
         finally:
             with self._lock:
                 self.under_way -= 1
                 for name in used:
                     self._used.remove(name)
+
+    def _fail(self, count, context):
+        failure = self.failure(count)
+        if failure:
+            context.abort(*failure)
+
+    def ModelStatistics(self, request, context):  # noqa: N802
+        response = service_pb2.ModelStatisticsResponse()
+        stats = response.model_stats.add(name=request.name, inference_count=self.probes + self.requests)
+        stats.inference_stats.success.ns = self.started_ns
+        return response
 
     def CudaSharedMemoryStatus(self, request, context):  # noqa: N802
         response = service_pb2.CudaSharedMemoryStatusResponse()

@@ -6,24 +6,20 @@ import math
 
 import numpy as np
 
-from ..frames.windows import Image, Size, fitted_size
+from ..frames.windows import Image, fitted_size
+from .contract import Contract
 
 PROBE_ID = "probe"  # of the request, for the server's log
 KNUTH = 2654435761  # 2^32 / golden ratio: neighboring multiples of it share no high bits
 
 
-def probe_window(window: int, multiple_of: int, min_size: Size) -> Image:
+def probe_window(contract: Contract) -> Image:
     """Make the smallest window a model takes, filled with the same noise on every machine.
-
-    Args:
-        window: Frames.
-        multiple_of: Both sides.
-        min_size: (height, width).
 
     Returns:
         (T, H, W, 3) uint8, 0..255.
     """
-    shape = (window, *fitted_size(min_size, multiple_of, min_size), 3)
+    shape = (contract.window, *fitted_size(contract.min_size, contract.multiple_of, contract.min_size), 3)
     # Integer arithmetic: unlike those of a generator of random numbers, its values are the same forever.
     noise = np.arange(math.prod(shape), dtype=np.uint64) * KNUTH % 2**32 >> 24
     return noise.astype(np.uint8).reshape(shape)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import http.client
 import logging
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any
-from urllib.parse import urlsplit
 
 from tritonclient.grpc import (
     InferenceServerClient,
@@ -21,83 +21,82 @@ from tritonclient.utils import InferenceServerException
 
 from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
+from .addresses import DEFAULT_GRPC_PORT, Address, address_from_url
 from .contract import contract_from_config, instance_count
+from .faults import Fault, as_server_error, fault_of
 from .identity import Identity, identity_of
 from .probe import PROBE_ID, probe_window
 from .security import Security
 from .transports import AUTO, ring_for
 from .transports.ring import RELEASE_TIMEOUT_S, Ring, kept_rings
 
-DEFAULT_URL = "localhost:8001"
-DEFAULT_GRPC_PORT = 8001
-ASK_TIMEOUT_S = 10.0  # for questions about health and configuration, which cost the server nothing
+ASK_TIMEOUT_S = 20.0  # for questions about health and configuration: cheap, but the network may be slow
 PROBE_TIMEOUT_S = 300.0  # the window is tiny, but may wait behind the frames of others
+PROBE_AGAIN_TIMEOUT_S = 60.0  # of a server that was lost
 NO_SECURITY = Security()
-UNLIMITED_BYTES = 2**31 - 1  # an hr frame of a 1280x720 clip is 44 MB; gRPC would stop at 4 MB
-RECONNECT_MS = 1000  # gRPC's own pause between connection attempts grows to two minutes otherwise
+CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
+    # An hr frame of a 1280x720 clip is 44 MB; gRPC would stop at 4 MB.
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    # gRPC's own pause between connection attempts grows to two minutes. Its "minimum reconnect backoff" stays
+    # at 20 s: that is also the time an attempt may take (gRPC's connection-backoff.md), and a server 300 ms
+    # away with TLS, on a network that loses packets, takes seconds.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 20_000),
+    # Triton, as every gRPC server, answers pings without data that come more often than every five minutes
+    # with "too_many_pings" and drops all requests: measured after four minutes with pings 60 s apart. Setting
+    # them also has Linux close a connection that has not acknowledged what was sent for the second time.
+    ("grpc.keepalive_time_ms", 301_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A connection of its own: another Server of this process must not share the one that is given up.
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 START_HINT = "start one with `make serve`, or name another with --url"
 
 log = logging.getLogger(__name__)
 
 Done = Callable[["Image | None", "InferenceServerException | None"], None]
-
-
-def address_from_url(url: str) -> tuple[str, bool]:
-    """Split a server's URL into ``host:port`` and whether to speak TLS.
-
-    ``host``, ``host:port``, ``grpc://host:port`` and, for TLS, ``grpcs://host:port`` are understood.
-    """
-    scheme, _, rest = url.rpartition("://")
-    if scheme not in ("", "grpc", "grpcs"):
-        raise UpscaleError(
-            f"expected a gRPC address such as {DEFAULT_URL}, found {url!r}: "
-            f"this client does not speak {scheme}; Triton's gRPC port is usually {DEFAULT_GRPC_PORT}"
-        )
-    try:
-        parts = urlsplit(f"//{rest}")
-        host, port = parts.hostname, parts.port or DEFAULT_GRPC_PORT
-    except ValueError:  # a port that is no number, or out of range
-        host, port = None, 0
-    if not host or parts.path or parts.query:
-        raise UpscaleError(f"expected HOST:PORT, found {url!r}: give --url like {DEFAULT_URL}")
-    return (f"[{host}]:{port}" if ":" in host else f"{host}:{port}"), scheme == "grpcs"
+Cancel = Callable[[], None]
 
 
 class Server:
     """One Triton server that serves the ensemble.
 
     Args:
-        url: As ``address_from_url`` reads it.
+        url: As ``address_from_url`` reads it, or the address itself.
         model: Name of the ensemble.
         security: For ``grpcs://`` addresses.
 
     Raises:
-        UpscaleError: No server there, or none that serves such an ensemble.
+        ServerError: No server answers there, or it has not loaded the ensemble.
+        UpscaleError: It serves something else.
     """
 
     in_flight: int
     """Requests that keep this server busy."""
+    probe_s: float
+    """How long it took to answer the probe, once ``identity`` is known."""
 
-    def __init__(self, url: str, model: str, security: Security = NO_SECURITY) -> None:
-        self.address, tls = address_from_url(url)
+    def __init__(self, url: str | Address, model: str, security: Security = NO_SECURITY) -> None:
+        address = url if isinstance(url, Address) else Address(*address_from_url(url))
+        self.address = address.host_port
         self._is_closed = False
         self._ring: Ring | None = None
-        self._calls: dict[object, Any] = {}
+        self._calls: dict[object, Cancel] = {}
         """Requests under way, each with what cancels it."""
         self._transport = AUTO
         self._identity: Identity | None = None
-        options = [
-            ("grpc.max_send_message_length", UNLIMITED_BYTES),
-            ("grpc.max_receive_message_length", UNLIMITED_BYTES),
-            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS // 10),
-            ("grpc.min_reconnect_backoff_ms", RECONNECT_MS // 10),
-            ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
-        ]
-        if not tls:
+        self._ring_lock = threading.Lock()
+        if not address.tls:
             security.refuse_in_the_clear(self.address)
-        credentials = security.credentials() if tls else None
-        self._client = InferenceServerClient(self.address, creds=credentials, channel_args=options)
+        self._credentials = security.credentials() if address.tls else None
+        self._options: list[tuple[str, str | int]] = list(CHANNEL_OPTIONS)
+        if address.name:
+            self._options += [("grpc.ssl_target_name_override", address.name)] if address.tls else []
+            self._options += [("grpc.default_authority", address.name)]
+        self._client = self._dial()
         try:
             self._ensemble = config = self._config(model)
             self.contract = contract_from_config(config, self.address)
@@ -110,6 +109,9 @@ class Server:
         # the server's batcher starves, with more they only wait.
         self.in_flight = 2 * max(1, config.max_batch_size) * max(1, instances)
 
+    def _dial(self) -> InferenceServerClient:
+        return InferenceServerClient(self.address, creds=self._credentials, channel_args=self._options)
+
     def _config(self, model: str) -> ModelConfig:
         try:
             self._client.is_server_live(client_timeout=ASK_TIMEOUT_S)
@@ -118,14 +120,14 @@ class Server:
         try:
             return self._client.get_model_config(model, client_timeout=ASK_TIMEOUT_S).config
         except InferenceServerException as err:
-            raise UpscaleError(
+            raise ServerError(
                 f"the server at {self.address} has not loaded model {model!r} ({err.message()}); "
                 "expected the ensemble there: load it, or name another with --model"
             ) from err
 
-    def _unreachable(self, err: InferenceServerException) -> ServerError:
+    def _unreachable(self, err: InferenceServerException) -> UpscaleError:
         if speaks_http(self.address):
-            return ServerError(
+            return UpscaleError(
                 f"expected gRPC at {self.address}, found HTTP: "
                 f"give Triton's gRPC port, usually {DEFAULT_GRPC_PORT}, with --url"
             )
@@ -139,48 +141,77 @@ class Server:
             UpscaleError: It no longer answers as it did.
         """
         model = self.contract.model
-        if not self._client.is_model_ready(model, client_timeout=ASK_TIMEOUT_S):
+        try:
+            is_ready = self._client.is_model_ready(model, client_timeout=ASK_TIMEOUT_S)
+        except InferenceServerException as err:
+            if err.status() == "StatusCode.DEADLINE_EXCEEDED":
+                # A connection that something on the way holds open looks well to gRPC: hang up, dial again.
+                with self._ring_lock:
+                    given_up, self._client = self._client, self._dial()
+                    given_up.close()
+                    for ring in [*kept_rings(given_up), *([self._ring] if self._ring else [])]:
+                        ring.client = self._client
+            raise
+        if not is_ready:
             raise InferenceServerException(f"model {model!r} is not ready", status="StatusCode.UNAVAILABLE")
+        self._ensemble = self._client.get_model_config(model, client_timeout=ASK_TIMEOUT_S).config
+        if self.contract != (found := contract_from_config(self._ensemble, self.address)):
+            raise UpscaleError(
+                f"expected the model of before at {self.address}, found that it came back with another: "
+                f"{self.contract}, now {found}; serve the same model again"
+            )
         if self._ring:
             # A server that was started again knows nothing of the old ring; one that was only cut off
             # may still be writing into it.
             self._share_memory(self._ring.lr_shape, self._transport, release_timeout_s=0)
         if self._identity:
-            self._ensemble = self._config(model)
-            found = self._probe(ASK_TIMEOUT_S)
-            difference = self._identity.difference(found)
+            identity = self._probe(PROBE_AGAIN_TIMEOUT_S)
+            difference = self._identity.difference(identity)
             if difference:
                 raise UpscaleError(
                     f"expected the weights of before at {self.address}, found that it came back with others: "
-                    f"{self._identity}, now {found}, {difference}; serve the same model again"
+                    f"{self._identity}, now {identity}, {difference}; serve the same model again"
                 )
 
     def identity(self) -> Identity:
         """Tell the weights behind this server from others.
 
         Raises:
-            UpscaleError: There was no answer to the probe.
+            ServerError: There was no answer to the probe.
         """
         if self._identity is None:
+            started_s = time.monotonic()
             try:
                 self._identity = self._probe(PROBE_TIMEOUT_S)
             except InferenceServerException as err:
-                raise UpscaleError(
+                raise ServerError(
                     f"expected an answer to a small probe from {self.address}, found: {err.message()}; "
                     "see the server's log"
                 ) from err
+            self.probe_s = time.monotonic() - started_s
         return self._identity
 
     def _probe(self, timeout_s: float) -> Identity:
-        contract = self.contract
-        lr_window = probe_window(contract.window, contract.multiple_of, contract.min_size)
-        lr_input = InferInput(contract.input_name, [1, *lr_window.shape], "UINT8")
+        lr_window = probe_window(self.contract)
+        lr_input = InferInput(self.contract.input_name, [1, *lr_window.shape], "UINT8")
         lr_input.set_data_from_numpy(lr_window[None])
-        result = self._client.infer(contract.model, [lr_input], request_id=PROBE_ID, client_timeout=timeout_s)
-        hr, error = self._hr_from_result(result, lr_window.shape, None, 0)
-        if hr is None:
-            raise error or InferenceServerException("no frame")
-        return identity_of(self._ensemble, hr)
+        result = self._client.infer(
+            self.contract.model, [lr_input], request_id=PROBE_ID, client_timeout=timeout_s
+        )
+        return identity_of(self._ensemble, self._hr_from_result(result, lr_window.shape, None, 0))
+
+    def counters(self) -> bytes | None:
+        """What the server has counted of the ensemble so far, to the nanosecond; None: it does not tell.
+
+        Two addresses at which they are equal, and not zero, lead to one server.
+        """
+        try:
+            found = self._client.get_inference_statistics(self.contract.model, client_timeout=ASK_TIMEOUT_S)
+        except InferenceServerException:
+            return None
+        if not any(model.inference_stats.success.ns for model in found.model_stats):
+            return None
+        return bytes(found.SerializeToString(deterministic=True))
 
     def share_memory(self, lr_shape: tuple[int, ...], transport: str = AUTO) -> str:
         """Pass windows of this shape and their answers through shared memory from now on, if possible.
@@ -195,20 +226,31 @@ class Server:
         return self._share_memory(lr_shape, transport, RELEASE_TIMEOUT_S)
 
     def _share_memory(self, lr_shape: tuple[int, ...], transport: str, release_timeout_s: float) -> str:
-        self._close_ring(release_timeout_s)
-        self._transport = transport
-        self._ring, way = ring_for(
-            self._client, self.address, self.in_flight, lr_shape, self._hr_shape(lr_shape), transport
-        )
-        return way
+        with self._ring_lock:
+            self._close_ring(release_timeout_s)
+            self._transport = transport
+            self._ring, way = ring_for(
+                self._client, self.address, self.in_flight, lr_shape, self._hr_shape(lr_shape), transport
+            )
+            return way
 
-    def ask(self, lr_window: Image, done: Done) -> None:
-        """Send one window; ``done`` is called on another thread with the hr frame, or with the error.
+    def ask(self, lr_window: Image, done: Done) -> Cancel:
+        """Send one window; ``done`` is called once, on any thread, with the hr frame or with the error.
 
         Args:
             lr_window: (T, H, W, 3) uint8 RGB, 0..255, contiguous.
-            done: Gets ((H * scale, W * scale, 3) uint8 RGB, None) or (None, error).
+            done: Gets ((H * scale, W * scale, 3) uint8 RGB, None) or (None, error), whatever goes wrong.
+
+        Returns:
+            What lets the server know that nobody wants the answer.
         """
+        try:
+            return self._send(lr_window, done)
+        except Exception as err:  # nothing may be lost, whatever a library raises
+            done(None, as_server_error(err))
+            return _nothing_to_cancel
+
+    def _send(self, lr_window: Image, done: Done) -> Cancel:
         lr_input = InferInput(self.contract.input_name, [1, *lr_window.shape], "UINT8")
         hr_output = InferRequestedOutput(self.contract.output_name)
         ring = self._ring if self._ring and self._ring.lr_shape == lr_window.shape else None
@@ -216,8 +258,11 @@ class Server:
         if ring:
             try:
                 slot = ring.put(lr_window)
-            except InferenceServerException as err:
-                return done(None, err)
+            except (
+                IndexError
+            ):  # every slot is in use, as when answers are late that nobody waits for any more
+                ring = None
+        if ring:
             ring.attach(slot, lr_input, hr_output)
         else:
             lr_input.set_data_from_numpy(lr_window[None])
@@ -229,17 +274,26 @@ class Server:
             ended = True
             self._calls.pop(call, None)
             hr = None
-            if result is not None:
-                hr, error = self._hr_from_result(result, lr_window.shape, ring, slot)
-            if ring:
-                ring.free(slot)
+            try:
+                try:
+                    if result is not None:
+                        hr = self._hr_from_result(result, lr_window.shape, ring, slot)
+                finally:
+                    if ring and error and fault_of(error) is Fault.LOST:
+                        ring.retire(slot)  # cancelled or cut off, the server may still be at work on it
+                    elif ring:
+                        ring.free(slot)
+            except Exception as err:  # gRPC would log it, and the window would wait forever
+                hr, error = None, as_server_error(err)
             done(hr, error)
 
-        self._calls[call] = self._client.async_infer(
+        cancel: Cancel = self._client.async_infer(
             self.contract.model, [lr_input], answered, outputs=[hr_output]
-        )
+        ).cancel
+        self._calls[call] = cancel
         if ended:  # before it was entered
             self._calls.pop(call, None)
+        return cancel
 
     def _hr_shape(self, lr_shape: tuple[int, ...]) -> tuple[int, int, int]:
         _, height, width, _ = lr_shape
@@ -247,16 +301,14 @@ class Server:
 
     def _hr_from_result(
         self, result: InferResult, lr_shape: tuple[int, ...], ring: Ring | None, slot: int
-    ) -> tuple[Image | None, InferenceServerException | None]:
+    ) -> Image:
         name, expected = self.contract.output_name, [1, *self._hr_shape(lr_shape)]
         output = result.get_output(name)
-        if output is not None and list(output.shape) == expected and output.datatype == "UINT8":
-            try:
-                return (ring.take(slot) if ring else result.as_numpy(name)[0]), None
-            except InferenceServerException as err:
-                return None, err
-        found = f"{output.datatype} {list(output.shape)}" if output is not None else "nothing"
-        return None, InferenceServerException(f"expected {name} UINT8 {expected}, found {found}")
+        if output is None or list(output.shape) != expected or output.datatype != "UINT8":
+            found = f"{output.datatype} {list(output.shape)}" if output is not None else "nothing"
+            raise InferenceServerException(f"expected {name} UINT8 {expected}, found {found}")
+        hr: Image = ring.take(slot) if ring else result.as_numpy(name)[0]
+        return hr
 
     def _close_ring(self, timeout_s: float) -> None:
         """Let go of shared memory, also of what the server still used when that was tried before."""
@@ -277,10 +329,15 @@ class Server:
         if self._is_closed:
             return
         self._is_closed = True
-        for call in list(self._calls.values()):
-            call.cancel()
-        self._close_ring(RELEASE_TIMEOUT_S)
-        self._client.close()
+        for cancel in list(self._calls.values()):
+            cancel()
+        with self._ring_lock:
+            self._close_ring(RELEASE_TIMEOUT_S)
+            self._client.close()
+
+
+def _nothing_to_cancel() -> None:
+    pass
 
 
 def speaks_http(address: str) -> bool:

@@ -2,84 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
-import logging
-import queue
 import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from tritonclient.utils import InferenceServerException
-
-from ..errors import ServerError, UpscaleError
+from ..errors import UpscaleError
 from ..frames.windows import Image
-from .contract import Contract
+from .connection import Connection, ServerProtocol, State
+from .dispatch import STOP, WAKE, Dispatch
 from .identity import Identity, different_servers
-from .server import START_HINT, Done
 from .transports import AUTO
 
-log = logging.getLogger(__name__)
-
-FIRST_PAUSE_S = 0.25  # before a lost server is looked for again; doubles up to
-LONGEST_PAUSE_S = 5.0
-MOST_ATTEMPTS = 10  # of one window; a server that answers others and loses this one will not do better
-# How gRPC says that nobody is there, or that a server on its way out dropped the call; the client
-# itself cancels nothing before it hangs up. While Triton stops, it answers for seconds that it is
-# "stopping" (UNAVAILABLE), then that the model "has no available versions" (NOT_FOUND). A session's
-# servers have all served the ensemble once, so that one is gone is no mistake of the user's.
-LOST = ("StatusCode.UNAVAILABLE", "StatusCode.CANCELLED", "StatusCode.NOT_FOUND")
-
-
-class ServerProtocol(Protocol):
-    """What a session needs of a server; ``server.Server`` is the real one."""
-
-    address: str
-    contract: Contract
-    in_flight: int
-
-    def check(self) -> None:
-        """Return if the ensemble can be asked now, raise InferenceServerException otherwise."""
-
-    def identity(self) -> Identity:
-        """Tell the weights behind the server from others."""
-
-    def share_memory(self, lr_shape: tuple[int, ...], transport: str) -> str:
-        """Use shared memory for windows of this shape if possible; return how they pass."""
-
-    def ask(self, lr_window: Image, done: Done) -> None:
-        """Send one window; ``done`` gets the answer or the error, on any thread."""
-
-
-@dataclass(order=True)
-class _Job:
-    """One window on its way; the window is let go as soon as its answer is here."""
-
-    index: int
-    lr_window: Image | None = field(compare=False)
-    hr: Image | None = field(default=None, compare=False)
-    attempts: int = field(default=0, compare=False)
-
-
-@dataclass(eq=False)
-class _Connection:
-    """The connection to one server."""
-
-    server: ServerProtocol
-    capacity: int
-    """Requests that keep the server busy."""
-    busy: int = 0
-    lost: bool = False
-    trouble: str = ""
-    """What was heard of it last, if it is lost."""
-    look_again_at_s: float = 0.0
-    pause_s: float = FIRST_PAUSE_S
-
-
-_News = tuple[_Connection, _Job, "Image | None", "InferenceServerException | None"]
-_Answers = queue.SimpleQueue["_News | None"]  # None: nobody wants more
+Connect = Callable[[], ServerProtocol]
 
 
 class Session:
@@ -93,6 +26,8 @@ class Session:
         patience_s: How long to go on without any server.
         stall_s: How long to wait for the next answer of servers that are there.
         allow_mixed_weights: Let servers with different weights answer, frame by frame.
+        absent: Servers that do not answer yet, by address, and how to connect to them; they take their
+            share once they do.
 
     Raises:
         UpscaleError: The servers differ.
@@ -104,33 +39,54 @@ class Session:
         patience_s: float = 60.0,
         stall_s: float = 900.0,
         allow_mixed_weights: bool = False,
+        absent: Mapping[str, Connect] | None = None,
     ) -> None:
         self.contract = servers[0].contract
-        for server in servers[1:]:
-            if server.contract != self.contract:
-                raise UpscaleError(
-                    f"expected one ensemble everywhere, found that {server.address} serves another "
-                    f"{self.contract.model!r} than {servers[0].address}: "
-                    "give --url only servers with the same model repository"
-                )
-        self.in_flight = sum(server.in_flight for server in servers)
-        """Requests that keep all servers busy."""
-        self._most_held = 2 * self.in_flight
-        self.wait_s = 0.0
-        """Time that the last round of windows spent with nothing to do but wait for an answer."""
-        self.resent = 0
-        """Windows that had to be sent again."""
-        self._lines = [_Connection(server, server.in_flight) for server in servers]
         self._patience_s, self._stall_s = patience_s, stall_s
-        self._busy_lock = threading.Lock()
-        self._last_sign_of_life_s = time.monotonic()
-        self._answered: _Answers = queue.SimpleQueue()
-        different = None if allow_mixed_weights else different_servers(self.weights())
+        self._allow_mixed_weights = allow_mixed_weights
+        self._lock = threading.Lock()
+        self._wanted: tuple[tuple[int, ...], str] | None = None
+        """The shape and the transport to agree upon with every server."""
+        self._most_held: int | None = None
+        self._dispatch: Dispatch | None = None
+        self._first = servers[0]
+        for server in servers[1:]:
+            self._check_contract(server)
+        different = (
+            None
+            if allow_mixed_weights
+            else different_servers({one.address: one.identity() for one in servers})
+        )
         if different:
             raise UpscaleError(
                 f"expected the same weights everywhere, found that {different}; "
                 "name servers of one model with --url, or pass --allow-mixed-weights"
             )
+        self._connections = [
+            Connection(server.address, server, self._admit, self._wake) for server in servers
+        ]
+        for address, connect in (absent or {}).items():
+            self._connections.append(Connection(address, None, self._admit, self._wake, connect))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that keep all servers busy."""
+        return sum(connection.capacity for connection in self._connections)
+
+    @property
+    def wait_s(self) -> float:
+        """Time that the last round of windows spent with nothing to do but wait for an answer."""
+        return self._dispatch.wait_s if self._dispatch else 0.0
+
+    @property
+    def resent(self) -> int:
+        """Windows of the last round that had to be sent again."""
+        return self._dispatch.resent if self._dispatch else 0
+
+    @property
+    def hedged(self) -> int:
+        """Windows of the last round that were late, and sent to another server as well."""
+        return self._dispatch.hedged if self._dispatch else 0
 
     def limit(self, windows: int) -> None:
         """Hold at most so many windows, or answers that wait for their turn, from the next round on.
@@ -140,18 +96,31 @@ class Session:
                 shared memory that is set up after this has room for no more.
         """
         self._most_held = windows
-        for line in self._lines:
-            share = -(-line.capacity * windows // self.in_flight)
-            line.server.in_flight = min(line.capacity, share)
+        for connection in self._connections:
+            self._limit_one(connection)
+
+    def _limit_one(self, connection: Connection) -> None:
+        """Give one server its share of what may be held."""
+        if self._most_held is not None and connection.server:
+            connection.limit(-(-connection.capacity * self._most_held // self.in_flight))
 
     def weights(self) -> dict[str, Identity]:
-        """What weights each server has, by its address."""
-        return {line.server.address: line.server.identity() for line in self._lines}
+        """What weights each server has that has been used so far, by its address."""
+        return {one.address: one.server.identity() for one in self._connections if one.server}
 
     def share_memory(self, lr_shape: tuple[int, ...], transport: str = AUTO) -> str:
         """Use shared memory for windows of this shape where it can be; return how they pass, and why."""
-        ways = [line.server.share_memory(lr_shape, transport) for line in self._lines]
-        return ways[0] if len(set(ways)) == 1 else "; ".join(ways)
+        with self._lock:
+            self._wanted = lr_shape, transport
+        ways = [self._share(one, self._wanted) for one in self._connections if one.state is State.UP]
+        return "; ".join(dict.fromkeys(ways)) or "nothing yet: no server is there"
+
+    @staticmethod
+    def _share(connection: Connection, wanted: tuple[tuple[int, ...], str]) -> str:
+        assert connection.server
+        way = connection.server.share_memory(*wanted)
+        connection.shared = wanted
+        return way
 
     def hr_frames(self, lr_windows: Iterable[Image]) -> Iterator[Image]:
         """Yield the hr frame of every window, in the order of the windows.
@@ -165,131 +134,51 @@ class Session:
         Raises:
             UpscaleError: A server refused a window, or all of them stayed away.
         """
-        self.wait_s = 0.0
-        source = enumerate(lr_windows)
-        in_order: deque[_Job] = deque()
-        again: list[_Job] = []
-        # Of this call; answers to an abandoned one disturb nobody.
-        answered = self._answered = queue.SimpleQueue()
-        more = True
-        self._last_sign_of_life_s = time.monotonic()
-        while True:
-            self._look_for_lost_servers()
-            while line := self._free_line():
-                if again:
-                    job = heapq.heappop(again)
-                elif more and len(in_order) < self._most_held:
-                    index, lr_window = next(source, (-1, None))
-                    if lr_window is None:
-                        more = False
-                        break
-                    job = _Job(index, lr_window)
-                    in_order.append(job)
-                else:
-                    break
-                self._send(job, line, answered)
-            while in_order and (hr := in_order[0].hr) is not None:
-                in_order.popleft()
-                yield hr
-            if in_order:
-                lost = self._collect(answered)
-                if lost is None:
-                    return
-                for job in lost:
-                    heapq.heappush(again, job)
-            elif not more:
-                return
+        self._dispatch = Dispatch(
+            self._connections,
+            lr_windows,
+            lambda: self._most_held or 2 * self.in_flight,
+            self._patience_s,
+            self._stall_s,
+        )
+        yield from self._dispatch.run()
 
     def stop(self) -> None:
         """End the windows under way, from another thread than the one that may be waiting for them."""
-        self._answered.put(None)
+        if self._dispatch:
+            self._dispatch.answers.put(STOP)
 
-    def _free_line(self) -> _Connection | None:
-        """The server with most room, if any has room."""
-        free = [line for line in self._lines if not line.lost and line.busy < line.server.in_flight]
-        return min(free, key=lambda line: line.busy / line.server.in_flight, default=None)
+    def close(self) -> None:
+        """End the search for servers that are not there."""
+        for connection in self._connections:
+            connection.close()
 
-    def _send(self, job: _Job, line: _Connection, answered: _Answers) -> None:
-        assert job.lr_window is not None
+    def _wake(self) -> None:
+        if self._dispatch:
+            self._dispatch.answers.put(WAKE)
 
-        def done(hr: Image | None, error: InferenceServerException | None) -> None:
-            self._change_busy(line, -1)
-            answered.put((line, job, hr, error))
+    def _admit(self, connection: Connection) -> None:
+        """Let a server in that was not there, or not any more."""
+        server = connection.server
+        assert server
+        self._check_contract(server)
+        weights = {one.address: one.identity() for one in (self._first, server)}
+        different = None if self._allow_mixed_weights else different_servers(weights)
+        if different:
+            raise UpscaleError(different)
+        self._limit_one(connection)
+        while True:
+            with self._lock:
+                wanted = self._wanted
+                if wanted is None or connection.shared == wanted:
+                    connection.state = State.UP
+                    return
+            self._share(connection, wanted)
 
-        job.attempts += 1
-        self._change_busy(line, 1)
-        line.server.ask(job.lr_window, done)
-
-    def _change_busy(self, line: _Connection, by: int) -> None:
-        with self._busy_lock:
-            line.busy += by
-
-    def _collect(self, answered: _Answers) -> list[_Job] | None:
-        """Wait for news, take in all there is, and return the windows to send again; None: stop."""
-        look_again_at_s = [line.look_again_at_s for line in self._lines if line.lost and not line.busy]
-        all_lost = all(line.lost for line in self._lines)
-        give_up_s = self._last_sign_of_life_s + (self._patience_s if all_lost else self._stall_s)
-        started_s = time.monotonic()
-        again: list[_Job] = []
-        try:
-            news = answered.get(timeout=max(0.0, min([give_up_s, *look_again_at_s]) - started_s))
-            while True:
-                if news is None:
-                    return None
-                again += self._take(*news)
-                news = answered.get_nowait()
-        except queue.Empty:
-            pass
-        now_s = time.monotonic()
-        self.wait_s += now_s - started_s
-        if now_s >= give_up_s and not again:
-            self._give_up(now_s)
-        return again
-
-    def _take(
-        self, line: _Connection, job: _Job, hr: Image | None, error: InferenceServerException | None
-    ) -> list[_Job]:
-        if error is None:
-            job.hr, job.lr_window = hr, None
-            line.pause_s = FIRST_PAUSE_S
-            self._last_sign_of_life_s = time.monotonic()
-            return []
-        forgotten = "shared memory region" in error.message()  # started again while nothing was under way
-        if not (error.status() in LOST or forgotten) or job.attempts >= MOST_ATTEMPTS:
+    def _check_contract(self, server: ServerProtocol) -> None:
+        if server.contract != self.contract:
             raise UpscaleError(
-                f"{line.server.address} refused frame {job.index + 1} of this run: {error.message()}; "
-                "see the server's log"
-            ) from error
-        self.resent += 1
-        if not line.lost:
-            self._lose(line, error)
-        return [job]
-
-    def _lose(self, line: _Connection, error: InferenceServerException) -> None:
-        if not any(other is not line and not other.lost for other in self._lines):
-            self._last_sign_of_life_s = time.monotonic()  # patience starts when the last one is gone
-        line.lost, line.trouble = True, error.message()
-        line.look_again_at_s = time.monotonic() + line.pause_s
-        line.pause_s = min(2 * line.pause_s, LONGEST_PAUSE_S)
-        log.warning("lost %s (%s)", line.server.address, error.message())
-
-    def _look_for_lost_servers(self) -> None:
-        for line in self._lines:
-            if line.lost and not line.busy and time.monotonic() >= line.look_again_at_s:
-                try:
-                    line.server.check()
-                except InferenceServerException as err:
-                    line.trouble = err.message()
-                    line.look_again_at_s = time.monotonic() + line.pause_s
-                    line.pause_s = min(2 * line.pause_s, LONGEST_PAUSE_S)
-                else:
-                    line.lost = False
-                    log.warning("%s is back", line.server.address)
-
-    def _give_up(self, now_s: float) -> None:
-        silent_s = round(now_s - self._last_sign_of_life_s)
-        names = ", ".join(line.server.address for line in self._lines)
-        if all(line.lost for line in self._lines):
-            trouble = "; ".join(sorted({line.trouble for line in self._lines}))
-            raise ServerError(f"lost {names} and found no server for {silent_s} s: {START_HINT} [{trouble}]")
-        raise ServerError(f"{names} gave no answer for {silent_s} s: see the server's log")
+                f"expected one ensemble everywhere, found that {server.address} serves another "
+                f"{self.contract.model!r} than {self._first.address}: "
+                "give --url only servers with the same model repository"
+            )

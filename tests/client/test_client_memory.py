@@ -33,7 +33,7 @@ class Server:
     """Answers with frames of zeros, which take address space and no memory; the first answer comes last."""
 
     def __init__(self, address, pool, first_may_come):
-        self.address, self.contract, self.in_flight = address, CONTRACT, 16
+        self.address, self.contract, self.in_flight, self.probe_s = address, CONTRACT, 16, 0.1
         self._pool, self._first_may_come = pool, first_may_come
 
     def check(self):
@@ -55,7 +55,7 @@ class Server:
             done(np.zeros((4 * height, 4 * width, 3), np.uint8), None)
             assert message
 
-        self._pool.submit(answer)
+        return self._pool.submit(answer).cancel
 
 
 class Clip:

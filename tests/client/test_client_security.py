@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import pytest
 from client_fakes import FakeTriton, decoded, pictures, run_client, write_clip
 
 from mst_gan_client.serving.security import Security
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Files of a key and a certificate for localhost that vouches for itself."""
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command, *names, *files], check=True, capture_output=True)
-    return key, certificate
 
 
 @pytest.fixture

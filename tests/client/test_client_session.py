@@ -12,8 +12,9 @@ from tritonclient.grpc import model_config_pb2
 
 from mst_gan_client.errors import UpscaleError
 from mst_gan_client.prefetch import CLOSE_WITHIN_S, Prefetch
+from mst_gan_client.serving.addresses import address_from_url
 from mst_gan_client.serving.contract import contract_from_config, instance_count
-from mst_gan_client.serving.server import Server, address_from_url
+from mst_gan_client.serving.server import Server
 from mst_gan_client.serving.session import Session
 
 
@@ -31,12 +32,13 @@ def open_session():
 
     def open_(*tritons, **options):
         servers = [Server(triton.url, "mst_gan") for triton in tritons]
-        opened.extend(servers)
-        return Session(servers, **options)
+        session = Session(servers, **options)
+        opened.extend((session, *servers))
+        return session
 
     yield open_
-    for server in opened:
-        server.close()
+    for one in opened:
+        one.close()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ class Ring(ABC):
         self.client, self._slots = client, slots
         self._lr_bytes, self._hr_bytes = math.prod(lr_shape), math.prod(hr_shape)
         self._free = deque(range(slots))
+        self._retired = 0
         self._slot_freed = threading.Condition()
         self._registered: list[str] = []
         self._is_closed = False
@@ -71,7 +72,11 @@ class Ring(ABC):
         return self._slots * (self._lr_bytes + self._hr_bytes)
 
     def put(self, lr_window: Image) -> int:
-        """Copy a window into a free slot, and return the slot."""
+        """Copy a window into a free slot, and return the slot.
+
+        Raises:
+            IndexError: None is free.
+        """
         slot = self._free.popleft()
         try:
             self._write(slot, lr_window)
@@ -87,6 +92,17 @@ class Ring(ABC):
             self._slot_freed.notify_all()
         self._destroy_if_unused()
 
+    def retire(self, slot: int) -> None:
+        """Give a slot back without letting it be used again: the server may still write into it."""
+        with self._slot_freed:
+            self._retired += 1
+            self._slot_freed.notify_all()
+        self._destroy_if_unused()
+
+    @property
+    def _is_unused(self) -> bool:
+        return len(self._free) + self._retired == self._slots
+
     def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> bool:
         """Wait for requests under way, have the server let go of the memory, then free it.
 
@@ -101,7 +117,7 @@ class Ring(ABC):
         deadline_s = time.monotonic() + timeout_s
         with self._slot_freed:
             self._is_closed = True
-            self._slot_freed.wait_for(lambda: len(self._free) == self._slots, timeout_s)
+            self._slot_freed.wait_for(lambda: self._is_unused, timeout_s)
         if self not in _kept:
             _kept.append(self)
         refused = list(self._registered)
@@ -149,7 +165,7 @@ class Ring(ABC):
     def _destroy_if_unused(self) -> None:
         """Free the memory that the server has let go of, unless an answer in it waits to be read."""
         with self._slot_freed:
-            if self._is_closed and len(self._free) == self._slots:
+            if self._is_closed and self._is_unused:
                 self._destroy()
                 if not self._registered and self in _kept:
                     _kept.remove(self)
