@@ -122,7 +122,7 @@ def test_finished_pieces_are_not_made_again(tmp_path, dam, triton, clip):
     process = start(clip, out, triton)
     wait_for(process, tmp_path / "out.mp4.part" / "000002.segment")
     kill(process, dam)
-    finished = 7 * len(list((tmp_path / "out.mp4.part").glob("*.segment")))
+    finished = 7 * len(list((tmp_path / "out.mp4.part").glob("*.record")))
     before = triton.requests
     assert run_client(clip, out, "--url", triton.url, "--segment-frames", 7).exit_code == 0
     assert triton.requests - before == COUNT - finished
