@@ -12,7 +12,16 @@ import click
 
 from export.errors import ExportError
 from export.folders import BUILD
-from export.training.config import FIELDS, Config, default_of, kind_of, make_config, read_recipe
+from export.training.config import (
+    ADVERSARIAL,
+    FIELDS,
+    INIT_LR,
+    Config,
+    default_of,
+    kind_of,
+    make_config,
+    read_recipe,
+)
 
 if TYPE_CHECKING:
     from export.data.clips import Clip
@@ -42,12 +51,11 @@ def _settings(*left_out: str) -> Callable[[Command], Command]:
     def option(name: str) -> Callable[[Command], Command]:
         kind, _ = kind_of(name)
         meta, flag = FIELDS[name].metadata, f"--{name.replace('_', '-')}"
+        default = "on a GPU" if name == "bf16" else str(default_of(name)).lower()
         if name == "lr":
-            default = "2e-3; with init 4e-4; adversarial 3e-4"
-        elif name == "bf16":
-            default = "on a GPU"
-        else:
-            default = str(default_of(name))
+            default += f"; with init {INIT_LR:g}"
+        if name in ADVERSARIAL:
+            default += f"; adversarial {ADVERSARIAL[name]}"
         off = "--fp32" if name == "bf16" else f"--no-{name.replace('_', '-')}"
         return click.option(
             f"{flag}/{off}" if kind is bool else flag, name,
