@@ -1,4 +1,4 @@
-"""``make demo``: a real clip, reduced by 4 and upscaled again by a real server, scored and pictured."""
+"""``make demo``: downscale a real clip by 4, upscale it through a real server, compare it with bicubic."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ log = logging.getLogger("demo")
 
 
 def main() -> None:
-    """Make the clip, serve, upscale, score, draw."""
+    """Make the clip, serve, upscale it, score the result and draw a comparison."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     OUT.mkdir(parents=True, exist_ok=True)
     lr_path, hr_path, picture = OUT / "input.mkv", OUT / "upscaled.mp4", OUT / "comparison.png"
 
     truth, rate = read_frames(sample_clip(), FIRST, FRAMES)
-    granule = SCALE * MULTIPLE_OF
-    height, width = (side // granule * granule for side in truth[0].shape[:2])
+    multiple = SCALE * MULTIPLE_OF
+    height, width = (side // multiple * multiple for side in truth[0].shape[:2])
     truth = [frame[:height, :width] for frame in truth]
     lr = [reduce(frame) for frame in truth]
     write_lossless(lr_path, lr, rate)
@@ -49,7 +49,7 @@ def main() -> None:
     ours, _ = read_frames(hr_path, 0, FRAMES)
     enlarged = [bicubic_frame(frame) for frame in lr]
     table = {"bicubic": scores(enlarged, truth), "MST-GAN": scores(ours, truth)}
-    # Frame and detail are where bicubic loses most: chosen before seeing our answer.
+    # The frame and crop where bicubic is worst: the choice does not depend on our output.
     index = int(np.argmin([psnr_y(a, b) for a, b in zip(enlarged, truth, strict=True)]))
     corner = lossiest_crop(enlarged[index], truth[index])
     draw_collage(picture, corner, {"bicubic": enlarged[index], "MST-GAN": ours[index], "truth": truth[index]})
@@ -79,7 +79,7 @@ def read_frames(path: Path, first: int, count: int) -> tuple[list[Frame], Fracti
 
 
 def write_lossless(path: Path, frames: Sequence[Frame], rate: Fraction) -> None:
-    """RGB FFV1: what the network sees is what the reduction made."""
+    """Write RGB frames losslessly (FFV1)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
@@ -90,13 +90,13 @@ def write_lossless(path: Path, frames: Sequence[Frame], rate: Fraction) -> None:
 
 
 def reduce(frame: Frame) -> Frame:
-    """(4H, 4W, 3) -> (H, W, 3), the degradation that the network was trained on."""
+    """Downscale by 4 as in training: (4H, 4W, 3) -> (H, W, 3) uint8 RGB."""
     hr = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
     return (bi(hr)[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def bicubic_frame(frame: Frame) -> Frame:
-    """(H, W, 3) -> (4H, 4W, 3)."""
+    """Upscale by 4: (H, W, 3) -> (4H, 4W, 3) uint8 RGB."""
     return bicubic(torch.from_numpy(frame).expand(1, 3, -1, -1, -1))[0].numpy()
 
 

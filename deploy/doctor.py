@@ -50,7 +50,7 @@ LEVELS = ("ok", "warn", "error")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer."""
+    """The result of one check."""
 
     level: str
     """One of ``LEVELS``."""
@@ -69,12 +69,12 @@ def frame_bytes(tensors: Sequence[spec.TensorSpec], lr_size: spec.Size) -> int:
 
 
 def in_flight() -> int:
-    """Windows between the stages at once: a full batch in each instance, and one on its way."""
+    """Windows whose tensors are in memory at once: a full batch in each instance and one between stages."""
     return spec.MAX_BATCH * (len(spec.INSTANCE_GROUPS) + 1)
 
 
 def check_shm(lr_size: spec.Size, shm: Path = Path("/dev/shm")) -> Finding:
-    """Regions of the Python backend: every instance's holds a full batch of its inputs and outputs."""
+    """Shared memory of the embedded server: each instance holds a full batch of its inputs and outputs."""
     wanted = (
         sum(frame_bytes((*stage.inputs, *stage.outputs), lr_size) for stage in spec.STAGES)
         * spec.MAX_BATCH
@@ -152,7 +152,7 @@ def check_server(url: str | None) -> Iterator[Finding]:
 
 
 def check_stub() -> Iterator[Finding]:
-    """What the embedded server's Python backend needs of this Python."""
+    """Packages and libraries that the embedded server needs in this Python."""
     try:
         check_packages()
         yield Finding("ok", "numpy", f"{metadata.version('numpy')}, as the Python stub wants (< 2)")
@@ -166,7 +166,7 @@ def check_stub() -> Iterator[Finding]:
 
 
 def check_repository(repository: Path = REPOSITORY) -> Iterator[Finding]:
-    """Whether every model has what its configuration names, and what the default serves."""
+    """Whether the file that each configuration names exists, and which precision is served by default."""
     for stage in spec.STAGES:
         folder = repository / stage.name
         try:
@@ -194,12 +194,12 @@ def check_repository(repository: Path = REPOSITORY) -> Iterator[Finding]:
 def check_plans(
     gpus: Sequence[str], repository: Path = REPOSITORY, tensorrt: str | None = None
 ) -> Iterator[Finding]:
-    """Installed plans against the GPU here and the TensorRT that is installed beside them, if one is.
+    """Compare installed plans with this machine's GPUs and, where it is installed, its TensorRT.
 
     Args:
-        gpus: compute capabilities of this machine.
-        repository: where the models lie.
-        tensorrt: version of TensorRT here; None where there is none, as when it is the container's.
+        gpus: Compute capabilities of this machine.
+        repository: The model repository.
+        tensorrt: Version of TensorRT here; None where there is none, as on the host of a container.
     """
     rebuild = "make export TARGET=tensorrt"
     for stage in spec.STAGES:
@@ -232,7 +232,7 @@ def check_plans(
 
 
 def check_ports() -> Iterator[Finding]:
-    """Whether a server can listen on its usual ports."""
+    """Whether Triton's default ports are free."""
     for name, port in PORTS.items():
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Triton does
@@ -247,19 +247,19 @@ def check_ports() -> Iterator[Finding]:
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
-    """Which instructions INT8 will find."""
+    """Whether this CPU has instructions for INT8 (VNNI)."""
     try:
         flags = set(re.findall(r"\S+", next(re.finditer(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M))[1]))
     except (OSError, StopIteration):
         return Finding(
-            "warn", "CPU", f"{cpuinfo} names no instructions", "make export TARGET=cpu measures it"
+            "warn", "CPU", f"{cpuinfo} lists no instructions", "make export TARGET=cpu measures it"
         )
     found = [name for name in ("avx512_vnni", "avx_vnni") if name in flags]
     if found:
         return Finding("ok", "CPU", f"{', '.join(found)}: INT8 is multiplied in one instruction")
     return Finding(
-        "warn", "CPU", "neither avx512_vnni nor avx_vnni: INT8 gains less, and is served only if it gains",
-        "make export tells; make export TARGET=fp32 if it does not",
+        "warn", "CPU", "neither avx512_vnni nor avx_vnni: INT8 gains less",
+        "make export measures it and serves FP32 if INT8 is not faster here",
     )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def examine(lr_size: spec.Size, url: str | None) -> list[Finding]:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Aligned lines, each fix below what it cures."""
+    """Findings as aligned lines, each fix below its finding."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:

@@ -53,7 +53,7 @@ class LaunchError(Exception):
 
 
 def main() -> None:
-    """Become Triton, so that signals and the exit status are Triton's own."""
+    """Replace this process by Triton, so that signals and the exit status are Triton's own."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     arguments = sys.argv[1:]
     try:
@@ -121,7 +121,7 @@ def start_cleanup(prefix: str) -> None:
 
 
 def find_wheel() -> Path:
-    """Folder of the installed ``pytriton`` package, whose import would start more than we need."""
+    """Folder of the installed ``pytriton`` package; importing it would load more than is needed."""
     library, version = platform.libc_ver()
     if library != "glibc" or _version(version) < MIN_GLIBC:
         raise LaunchError(
@@ -141,7 +141,7 @@ def find_wheel() -> Path:
 
 
 def check_packages() -> None:
-    """Refuse an environment in which the backend would fail later, or worse, answer wrongly."""
+    """Refuse an environment in which the backend would fail later, or give wrong answers."""
     if util.find_spec("onnxruntime") is None:
         raise LaunchError("onnxruntime is not installed in this Python: run `make setup`")
     numpy = metadata.version("numpy")
@@ -165,7 +165,7 @@ def find_libpython() -> Path:
 
 
 def check_repositories(arguments: Sequence[str]) -> int:
-    """Say in one line what Triton says in a page: no repository there, or no exported models in it.
+    """Refuse a missing model repository, and one without exported models, in one line.
 
     Returns:
         Instances of all models that will be loaded, as far as is known.
@@ -225,13 +225,13 @@ def check_shared_memory(instances: int) -> None:
 
 
 def check_shell_safe(path: Path, what: str) -> None:
-    """Refuse a path that Triton would break: it starts the Python backend's stub through bash, unquoted."""
+    """Refuse a path with spaces or quotes: Triton passes it unquoted to bash when it starts an instance."""
     if shlex.quote(str(path)) != str(path):
         raise LaunchError(f"expected a {what} without spaces or quotes in its path, found {path}: move it")
 
 
 def copy_backends(wheel: Path) -> Path:
-    """Folder that Triton can search for backends: the wheel's Python backend and ours on top of it.
+    """Put the wheel's Python backend and our ``onnxruntime`` backend into one folder for Triton.
 
     Copies, because Triton refuses a backend library that is a link out of this folder. The folder lies in the
     user's cache and its name is the hash of what it holds: a file in place is complete and right, and servers

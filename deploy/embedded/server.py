@@ -1,4 +1,4 @@
-"""A Triton server as a context manager: a model repository in, addresses that answer out."""
+"""The embedded Triton server as a context manager."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TritonServer:
         ]
 
     def start(self) -> None:
-        """Start the process and do not wait: for who watches it load. ``with`` does the rest."""
+        """Start the process without waiting until it is ready; ``with`` waits."""
         log.info("%s > %s", shlex.join(self.command), self.log_file)
         with ExitStack() as stack:
             environment = dict(os.environ)
@@ -112,7 +112,7 @@ class TritonServer:
         self.stop()
 
     def stop(self) -> int:
-        """Ask the server to end, insist after a while, leave nothing behind, and return its exit status."""
+        """Stop the server, kill it if it does not end in time, clean up, and return its exit status."""
         self.process.terminate()
         try:
             status = self.process.wait(STOP_TIMEOUT_S)

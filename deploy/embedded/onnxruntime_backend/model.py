@@ -1,12 +1,12 @@
-"""Triton's ``onnxruntime`` backend in Python: batches of requests in, one ONNX Runtime run, answers out.
+"""Triton's ``onnxruntime`` backend in Python: runs ONNX models with ONNX Runtime.
 
 The embedded server loads this file under the name of NVIDIA's native backend, so one ``config.pbtxt`` serves
 both. What is read from the configuration, and how, follows ``src/onnxruntime.cc`` of
 triton-inference-server/onnxruntime_backend. Each model instance is a process of its own with one session.
 
-One thing it does otherwise: a processor runs a batch sample by sample. A GPU needs the whole batch to fill
-its cores; to a processor, four samples at once are four times the memory, out of its caches. The pruned
-network upscales 20 % more frames so, in less than half the memory (320x180, two cores, 2026-11-25).
+One difference: on a CPU, a batch is run sample by sample. A GPU needs the whole batch to fill its cores; on
+a CPU, four samples at once take four times the memory, more than its caches hold. Sample by sample, the
+pruned network upscales 20 % more frames in less than half the memory (320x180, two cores, 2026-11-25).
 """
 
 from __future__ import annotations
