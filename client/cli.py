@@ -162,10 +162,10 @@ a_file = click.Path(path_type=Path)
 @on_output("--square-pixels", is_flag=True, help="Stretch the picture of an anamorphic clip.")
 @on_output(
     "--audio",
-    type=click.Choice(("copy", "none", *AUDIO_CODECS)),
+    type=click.Choice(("copy", "none", *sorted(AUDIO_CODECS))),
     default="copy",
     metavar="HOW",
-    help=f"copy, none, {', '.join(AUDIO_CODECS)} [copy].",
+    help=f"copy, none, {', '.join(sorted(AUDIO_CODECS))} [copy].",
 )
 @on_output("--no-subtitles", is_flag=True, help="Leave subtitles out.")
 @on_output("--compare", type=a_file, metavar="PATH", help="Also bicubic | ours: a .png or a video.")

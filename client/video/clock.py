@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, cast
 
@@ -24,7 +24,9 @@ def may_jump(container: InputContainer) -> bool:
     return bool(container.format.flags & MAY_JUMP)
 
 
-def packets_of(container: InputContainer, streams: Sequence[Stream]) -> Iterator[Packet[Any]]:
+def packets_of(
+    container: InputContainer, streams: Sequence[Stream], on_jump: Callable[[], None] = lambda: None
+) -> Iterator[Packet[Any]]:
     """The packets of some streams, times on one clock; the empty packets at the end flush decoders.
 
     A new recording in a transport stream begins with other times, on all its streams alike: what they
@@ -50,7 +52,9 @@ def packets_of(container: InputContainer, streams: Sequence[Stream]) -> Iterator
                     jump_s = time_s - before_s - duration_s
             elif last_s is not None and abs(time_s - last_s) > LARGEST_GAP_S:
                 jump_s = time_s - last_s
-            offset_s -= jump_s
+            if jump_s:
+                offset_s -= jump_s
+                on_jump()
             last_s = time_s - jump_s
             seen[packet.stream_index] = (last_s, (packet.duration or 0) * packet.time_base)
         if offset_s and packet.size:

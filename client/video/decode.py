@@ -23,7 +23,7 @@ from .deinterlace import OFF, progressive
 from .orientation import UPRIGHT, display_matrix, is_sideways, upright
 from .source import Source
 from .stills import tags_of
-from .streams import EVERY_STREAM, Selection, main_stream, needs_dolby_vision
+from .streams import EVERY_STREAM, Selection, is_cover, main_stream, needs_dolby_vision
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class Video:
         try:
             self._stream = main_stream(self._container, selection)
         except StopIteration:
-            found = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
+            kinds = {"cover" if is_cover(one) else one.type for one in self._container.streams}
+            found = ", ".join(sorted(kinds)) or "nothing"
             raise UpscaleError(f"expected a video, found only {found} in {self.path}") from None
         if self._stream.codec_context is None:
             raise UpscaleError(f"expected a video that FFmpeg can decode, found none in {self.path}")
@@ -241,9 +242,17 @@ class Video:
         """How long a frame is shown that does not say."""
         return max(1, round(1 / (self._rate * self._ticks_s)))
 
+    def _say_that_times_jump(self) -> None:
+        if "times" not in self._told:
+            self._told.add("times")
+            log.warning(
+                "times begin anew in %s, as of recordings put one after the other: they are counted on",
+                self.path,
+            )
+
     def _decode(self) -> Iterator[av.VideoFrame]:
         """Decode as FFmpeg does: what is broken is counted and left behind."""
-        packets = packets_of(self._container, [self._stream])
+        packets = packets_of(self._container, [self._stream], self._say_that_times_jump)
         early: list[int] = []  # times of the packets before the first frame
         first: int | None = None
         while True:
@@ -308,9 +317,7 @@ class Video:
                     found = before + step - shift
                 elif found + shift < before - STEPS_BACK * self._nominal_ticks:
                     shift = before + step - found
-                    if "times" not in self._told:
-                        self._told.add("times")
-                        log.warning("times begin anew in %s: they are counted on from there", self.path)
+                    self._say_that_times_jump()
                 frame.pts = before = max(found + shift, before + 1)
                 step = self._ticks_of(frame)
                 yield frame

@@ -35,8 +35,8 @@ from .streams import (
     read_all,
 )
 from .times import EVERYTHING, Span, Times
-from .tracks import COPY
-from .verify import Contents, amount_of, contents_of, is_pause, verify
+from .tracks import AUDIO_CODECS, COPY
+from .verify import Contents, amount_of, contents_of, is_pause, verify, verify_encoded_audio
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ class Muxer:
         contents = {index: found for index, found in contents.items() if index in forms}
         source = self._opened(segments[0])
         verify(self._out, source, self._picture, self._selection, forms, times, span, contents)
+        if AUDIO_CODECS & set(forms.values()):
+            verify_encoded_audio(self._out, source, self._selection, forms, span)
 
     def _opened(self, segment: Path) -> Source:
         """The source once more; a pipe is gone, and had no more in it than a segment has."""

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 log = logging.getLogger(__name__)
 
 COPY, ATTACH = "copy", "attach"
-AUDIO_CODECS = ("aac", "flac")
+AUDIO_CODECS = frozenset(("aac", "flac"))
 TEXT_SUBTITLES = frozenset(("ass", "mov_text", "ssa", "subrip", "srt", "text", "webvtt"))
 
 MILLISECOND = Fraction(1, 1000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from .source import Source
 from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import EVERYTHING, Span, Times
 from .tracks import AUDIO_CODECS
+
+ALLOWED_SAMPLES = 4608 + 4096  # between source and encoded audio at either end: a frame of each, the longest
 
 Contents = dict[int, int]
 """How much of each stream: packets, or bytes of PCM, which is cut into packets at will."""
@@ -39,6 +43,38 @@ def contents_of(container: InputContainer, forms: Forms, span: Span) -> Contents
     """Count what an output takes from a source."""
     kept = [stream for stream in container.streams if stream.index in forms]
     return _count(container, [stream for stream in kept if stream.type != "attachment"], span)
+
+
+def verify_encoded_audio(path: Path, source: Source, selection: Selection, forms: Forms, span: Span) -> None:
+    """Compare when encoded audio begins and ends with the source's.
+
+    Raises:
+        UpscaleError: It does not where it should.
+    """
+    with av.open(str(path), metadata_errors="replace") as out, source.open() as old:
+        sounds = [stream for stream in in_order(old, selection, forms) if stream.type == "audio"]
+        before, after = _extents_s(old, sounds, span), _extents_s(out, out.streams.audio, EVERYTHING)
+        rates = [getattr(stream.codec_context, "sample_rate", 0) or 1 for stream in sounds]
+        encoded = [forms[stream.index] in AUDIO_CODECS for stream in sounds]
+    for expected, found, rate, is_encoded in zip(before, after, rates, encoded, strict=True):
+        distance_s = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+        if is_encoded and distance_s > Fraction(ALLOWED_SAMPLES, rate):
+            times = [f"{float(start_s):.2f} to {float(end_s):.2f} s" for start_s, end_s in (expected, found)]
+            raise UpscaleError(f"{path} is not right: expected audio from {times[0]}, found {times[1]}")
+
+
+def _extents_s(
+    container: InputContainer, streams: Sequence[Stream], span: Span
+) -> list[tuple[Fraction, Fraction]]:
+    """When the packets of each stream begin and end, on the output's clock."""
+    found: dict[int, tuple[Fraction, Fraction]] = {}
+    for packet in packets_of(container, streams):
+        if packet.size and packet.pts is not None and span.has(packet):
+            span.shift(packet)
+            start_s = packet.pts * packet.time_base
+            end_s = start_s + (packet.duration or 0) * packet.time_base
+            found[packet.stream_index] = (found.get(packet.stream_index, (start_s, end_s))[0], end_s)
+    return [found.get(stream.index, (Fraction(0), Fraction(0))) for stream in streams]
 
 
 def _count(container: InputContainer, streams: list[Stream], span: Span) -> Contents:

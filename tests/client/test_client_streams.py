@@ -246,3 +246,18 @@ def test_the_shape_of_pixels_in_y4m(tmp_path, triton):
     assert b" A67:46 " in done.stdout.split(b"\n", 1)[0]
     (tmp_path / "out.y4m").write_bytes(done.stdout)
     assert len(decoded(tmp_path / "out.y4m")) == 3
+
+
+def test_encoded_audio_that_ends_early_is_noticed(tmp_path, triton, film, monkeypatch):
+    from mst_gan_client.video import tracks
+
+    whole = tracks.ConvertedAudio.packets
+    monkeypatch.setattr(
+        tracks.ConvertedAudio,
+        "packets",
+        lambda self, packet: whole(self, packet) if packet.pts * packet.time_base < 0.1 else iter(()),
+    )
+    result = run_client(film, tmp_path / "out.mkv", "--url", triton.url, "--audio", "aac")
+    assert result.exit_code == 1
+    assert "is not right: expected audio from 0.00 to 0." in result.output
+    assert not (tmp_path / "out.mkv").exists()
