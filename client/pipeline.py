@@ -138,7 +138,8 @@ class Pipeline:
     def __init__(
         self, video: Video, session: Session, shapes: Shapes, options: Options, known: Record, plan: Plan
     ) -> None:
-        again = max(0, len(known.pts) - session.contract.window // 2)  # the first that a new window needs
+        # The first that a new window needs; one at least, to compare with what is known.
+        again = max(0, len(known.pts) - max(1, session.contract.window // 2))
         self.record = known.part(0, again)
         """The frames decoded so far."""
         self.record.cuts = [cut for cut in known.cuts if cut <= known.pts[again]]  # later ones are found anew
@@ -154,10 +155,10 @@ class Pipeline:
     def _lr_frames(self, wanted: Range, known: Record) -> Iterator[Frame]:
         record = self.record
         with reading(self._video.path):
-            for frame in islice(self._video.frames(wanted), len(record.pts), None):
+            for frame in self._video.frames(wanted, known, len(record.pts)):
                 if len(record.pts) < len(known.pts):
                     known.check(len(record.pts), frame.pts, frame.image, self._video.path)
-                record.add(frame.pts, frame.image, self._video.damaged)
+                record.add(frame.pts, frame.image, self._video.damaged, self._video.refused)
                 yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
 
     def _hr_frames(self, lr_windows: Iterator[list[Image]]) -> Iterator[Image]:

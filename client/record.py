@@ -36,14 +36,21 @@ class Record:
     """CRC-32 of the decoded pictures."""
     damaged: list[int] = field(default_factory=list)
     """Frames up to this one that came out of the decoder, but not whole."""
+    refused: list[int] = field(default_factory=list)
+    """Packets before it that could not be decoded."""
     cuts: list[int] = field(default_factory=list)
     """Times of the frames that begin a new shot; not one a frame."""
 
-    def add(self, pts: int, image: Image, damaged: int) -> None:
+    def add(self, pts: int, image: Image, damaged: int, refused: int) -> None:
         """Note one more frame."""
         self.pts.append(pts)
         self.checksums.append(checksum(image))
         self.damaged.append(damaged)
+        self.refused.append(refused)
+
+    def has(self, index: int, pts: int, image: Image) -> bool:
+        """Whether a frame is what it was."""
+        return (pts, checksum(image)) == (self.pts[index], self.checksums[index])
 
     def check(self, index: int, pts: int, image: Image, path: Path) -> None:
         """Compare a frame that was decoded again with what it was.
@@ -51,7 +58,7 @@ class Record:
         Raises:
             UpscaleError: It is another.
         """
-        if (pts, checksum(image)) != (self.pts[index], self.checksums[index]):
+        if not self.has(index, pts, image):
             raise UpscaleError(
                 f"expected frame {index + 1} of {path} as it was when the unfinished run read it, found "
                 "another picture or time: start over with --restart"
@@ -61,7 +68,10 @@ class Record:
         """What is known of the frames from ``start`` up to ``end``."""
         times = self.pts[start:end]
         cuts = [pts for pts in self.cuts if times and times[0] <= pts <= times[-1]]
-        return Record(times, self.checksums[start:end], self.damaged[start:end], cuts)
+        checksums, damaged, refused = (
+            values[start:end] for values in (self.checksums, self.damaged, self.refused)
+        )
+        return Record(times, checksums, damaged, refused, cuts)
 
     def to_json(self) -> str:
         """Give the text that ``from_json`` reads."""
@@ -75,6 +85,10 @@ class Record:
             for name, values in json.loads(text).items():
                 getattr(whole, name).extend(values)
         return whole
+
+
+NOTHING = Record()
+"""Nothing is known of any frame."""
 
 
 def file_stamps(source: Source) -> list[tuple[str, int, int]]:

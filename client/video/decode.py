@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from math import inf
+from math import ceil, inf
 from types import TracebackType
 
 import av
@@ -16,11 +18,13 @@ from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
 from ..frames.windows import Image, Size
+from ..record import NOTHING, Record
 from .boundary import guarded, media_errors
 from .clock import packets_of
 from .color import Color, color_of, rgb_from_frame
 from .deinterlace import OFF, progressive
 from .orientation import UPRIGHT, display_matrix, is_sideways, upright
+from .seek import Seek, seek
 from .source import Source
 from .stills import tags_of
 from .streams import EVERY_STREAM, Selection, is_cover, main_stream, needs_dolby_vision
@@ -85,13 +89,15 @@ class Video:
 
     def __init__(self, source: Source, selection: Selection = EVERY_STREAM, deinterlace: str = OFF) -> None:
         self.path = source.path
+        self._source, self._selection, self._deinterlace = source, selection, deinterlace
+        self._files = ExitStack()
         self._what_fails = f"cannot read {self.path}"
-        self._container = source.open()
+        self._container = self._files.enter_context(source.open())
         try:
             with media_errors(self._what_fails):
                 self._open(source, selection, deinterlace)
         except BaseException:
-            self._container.close()
+            self._files.close()
             raise
         self.last_duration = 1
         """How long the frame read last is shown, in ``picture.time_base``."""
@@ -106,10 +112,11 @@ class Video:
             raise UpscaleError(f"expected a video, found only {found} in {self.path}") from None
         if self._stream.codec_context is None:
             raise UpscaleError(f"expected a video that FFmpeg can decode, found none in {self.path}")
-        self._stream.thread_type = "AUTO"
-        self._stream.thread_count = DECODER_THREADS
+        _use_threads(self._stream)
         self._stills = source.files() if source.is_stills else []
-        self._packets = self._frames = self._refused = self._before_start = 0
+        self._packets = self._frames = self._before_start = 0
+        self.refused = 0
+        """Packets that could not be decoded."""
         self._repeated_until = 0
         self._lead_s = Fraction(0)  # from the first packet to the first frame that can be decoded
         self._shown = (0, 0)  # times of the first frame and of the end, in ticks
@@ -134,7 +141,7 @@ class Video:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
-        self._container.close()
+        self._files.close()
 
     def frames_expected(self, wanted: Range) -> int:
         """How many frames a range has by what the file says, or an estimate; 0 where it says nothing."""
@@ -156,39 +163,85 @@ class Video:
         self._decoded = chain(() if second is None else (second,), self._decoded)
         return second is not None
 
-    def frames(self, wanted: Range) -> Iterator[Frame]:
-        """Decode the clip once, from its first frame to its last, and convert those of a range.
+    def frames(self, wanted: Range, known: Record = NOTHING, skip: int = 0) -> Iterator[Frame]:
+        """Decode the clip once, to its last frame, and convert those of a range.
+
+        What comes before is decoded from the start, or where the file has an index and that gives the same
+        frames, from the last key frame before it.
+
+        Args:
+            wanted: The range.
+            known: Its first frames, as they were when an earlier run decoded them.
+            skip: Frames of the range to leave out at its beginning; fewer than are known, or 0.
 
         Yields:
             Frames in display order, with strictly increasing times.
         """
-        return guarded(self._wanted_frames(wanted), self._what_fails)
+        return guarded(self._wanted_frames(wanted, known, skip), self._what_fails)
 
-    def _wanted_frames(self, wanted: Range) -> Iterator[Frame]:
-        first = None
-        found = 0
-        self.last_duration = self._nominal_ticks
-        for frame in chain([self._first], self._decoded):
+    def _wanted_frames(self, wanted: Range, known: Record, skip: int) -> Iterator[Frame]:
+        first = self._first.pts
+        assert first is not None
+        found = skip
+        before = known.pts[skip - 1] if skip else None
+        target = known.pts[skip] if skip else first + ceil(wanted.start_s / self.picture.time_base)
+        for frame in self._frames_from(target, known, skip):
             pts = frame.pts
             assert pts is not None
-            first = pts if first is None else first
-            since_start_s = (pts - first) * self.picture.time_base - wanted.start_s
-            if since_start_s < 0:
+            if pts < target:
                 continue
+            since_start_s = (pts - first) * self.picture.time_base - wanted.start_s
             if found == wanted.frames or (
                 wanted.duration_s is not None and since_start_s >= wanted.duration_s
             ):
                 self._is_read_whole = False
                 return
             found += 1
-            step = pts - self._shown[1] + self.last_duration if found > 1 else self._nominal_ticks
-            self.last_duration = frame.duration or step
+            self.last_duration = frame.duration or (self._nominal_ticks if before is None else pts - before)
+            before = pts
             self._shown = (first, pts + self.last_duration)
             yield Frame(self._image(frame), pts)
         if not found:
             raise UpscaleError(
                 f"expected frames after {float(wanted.start_s):g} s, found the end of {self.path}"
             )
+
+    def _frames_from(self, target: int, known: Record, skip: int) -> Iterator[av.VideoFrame]:
+        """Decoded frames, from some frame at or before a time on."""
+        first = self._first.pts
+        can_seek = self._deinterlace == OFF and not (self._source.is_pipe or self._stills)
+        if first is None or target <= first or not can_seek:
+            return chain([self._first], self._decoded)
+        container = self._files.enter_context(self._source.open())
+        stream = main_stream(container, self._selection)
+        _use_threads(stream)
+        found = seek(container, stream, first, target)
+        if found is None:
+            return chain([self._first], self._decoded)
+        counts = self._packets, self._frames, self._before_start, self.refused, self.damaged
+        before = bisect_left(known.pts, found.key_pts) - 1
+        damaged, refused = (known.damaged[before], known.refused[before]) if before >= 0 else (0, 0)
+        frames = self._with_times(self._counted(found, damaged, refused))
+        if skip:  # the first frame is known, and tells whether all is as it was
+            start = next((frame for frame in frames if frame.pts is None or frame.pts >= target), None)
+            if start is None or not known.has(skip, start.pts or 0, self._image(start)):
+                self._packets, self._frames, self._before_start, self.refused, self.damaged = counts
+                return chain([self._first], self._decoded)
+            frames = chain([start], frames)
+        return frames
+
+    def _counted(self, found: Seek, damaged: int, refused: int) -> Iterator[av.VideoFrame]:
+        """Count what was met from a key frame on, and what was met before it."""
+        self._before_start = 0
+
+        def count() -> None:
+            self._packets, self._frames = found.packets + refused, found.decoded
+            self.refused, self.damaged = found.refused + refused, found.damaged + damaged
+
+        for frame in found.frames:
+            count()
+            yield frame
+        count()
 
     def _image(self, frame: av.VideoFrame) -> Image:
         """Convert a frame with the colors that it has, and turn a still image upright."""
@@ -278,7 +331,7 @@ class Video:
                     self.damaged += frame.is_corrupt
                     yield frame
             except av.error.InvalidDataError:
-                self._refused += 1
+                self.refused += 1
 
     def _begin_at(self, first: int, early: list[int]) -> None:
         """Say what lies before the first frame that can be decoded, as in a recording begun at any time."""
@@ -342,7 +395,7 @@ class Video:
             of_frames = f" of {stream.frames}" if stream.frames else ""
             return f"ends after {self._frames}{of_frames} frames, {seconds:.2f} s of {promised:.2f} s"
         lost = self._packets - self._before_start - self._frames
-        if self._refused and lost > 0:
+        if self.refused and lost > 0:
             return f"has {lost} frames that cannot be decoded"
         return None
 
@@ -367,6 +420,11 @@ class Video:
             sample_aspect_ratio=stream.sample_aspect_ratio or None,
             display_matrix=None if self._stills else display_matrix(first, stream.codec_context.name),
         )
+
+
+def _use_threads(stream: VideoStream) -> None:
+    stream.thread_type = "AUTO"
+    stream.thread_count = DECODER_THREADS
 
 
 def _declared_duration_s(stream: VideoStream, start_s: float, is_end: bool) -> float:

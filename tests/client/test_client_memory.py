@@ -62,9 +62,10 @@ class Clip:
     """A clip of so many frames of a size; the first is black."""
 
     def __init__(self, count, size):
-        self.path, self.damaged, self._count, self._size = "clip", 0, count, size
+        self.path, self.damaged, self.refused = "clip", 0, 0
+        self._count, self._size = count, size
 
-    def frames(self, wanted):
+    def frames(self, wanted, known, skip):
         for t in range(self._count):
             yield Frame(np.full((*self._size, 3), t and 1, np.uint8), t)
 

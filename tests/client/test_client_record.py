@@ -227,7 +227,7 @@ def test_small_files_are_read_whole(tmp_path):
 def test_records_of_parts_make_up_the_whole():
     whole = Record()
     for t in range(10):
-        whole.add(3 * t, np.full((4, 4, 3), t, np.uint8), t // 4)
+        whole.add(3 * t, np.full((4, 4, 3), t, np.uint8), t // 4, t // 5)
     whole.cuts = [9, 12]
     texts = [whole.part(start, start + 4).to_json() for start in (0, 4, 8)]
     assert Record.from_json(texts) == whole
