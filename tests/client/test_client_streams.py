@@ -259,5 +259,5 @@ def test_encoded_audio_that_ends_early_is_noticed(tmp_path, triton, film, monkey
     )
     result = run_client(film, tmp_path / "out.mkv", "--url", triton.url, "--audio", "aac")
     assert result.exit_code == 1
-    assert "is not right: expected audio from 0.00 to 0." in result.output
+    assert "is not right: expected audio from" in result.output
     assert not (tmp_path / "out.mkv").exists()
