@@ -39,7 +39,7 @@ def test_pruned_layers_are_slices_of_the_baselines() -> None:
 
 def test_widths_suit_tensor_cores() -> None:
     for widths in (BASELINE, PRUNED, COMPACT, STUDENT):
-        numbers = [widths.flow, widths.detail, *widths.detail_inner]
+        numbers = [widths.detail, *widths.detail_inner]
         if isinstance(widths, PyramidWidths):
             numbers += [*widths.encoder_inner, *widths.encoder_outer, *widths.laterals]
             numbers += [widths.stem, widths.context_inner, widths.up]
@@ -118,7 +118,7 @@ def test_warp_repeats_the_border() -> None:
 def test_untrained_flow_of_a_still_scene_is_zero() -> None:
     lr_window = random_window(1, 32, 48)[:, :1].expand(-1, spec.WINDOW, -1, -1, -1)
     with torch.inference_mode():
-        flow, aligned = FlowAlign(TINY)(lr_window)
+        flow, aligned = FlowAlign()(lr_window)
     assert flow.abs().max() < 1e-5
     frame, greys, news = aligned.split((3, 2, spec.PHASES * 2), dim=1)
     assert torch.equal(frame, lr_window[:, 1].permute(0, 3, 1, 2))

@@ -12,7 +12,6 @@ from export.network import MstGan, PyramidWidths, Widths
 
 TINY = PyramidWidths(
     name="tiny",
-    flow=8,
     encoder_inner=(8, 8, 8, 8),
     context_inner=8,
     detail_inner=(8,),

@@ -34,7 +34,7 @@ class MstGan(nn.Module):
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         self.widths = widths
-        self.flow_align = FlowAlign(widths)
+        self.flow_align = FlowAlign()
         self.generator = PyramidGenerator(widths) if isinstance(widths, PyramidWidths) else Generator(widths)
         self.pixel_shuffle = PixelShuffle()
 

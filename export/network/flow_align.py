@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.network.frames import frames_from_window, grey_levels
-from export.network.layers import conv3x3, zeroed
 from export.network.lucas_kanade import LucasKanade, luma
 from export.network.warp import backward_warp, nearest_sample, upsample_flow
-from export.network.widths import Widths
 from export.spec import FLOW_STRIDE, NEUTRAL, PHASES, SCALE, WINDOW
 
 LEVELS = 5  # coarse to fine: flow at 1/32 to 1/2 of the resolution; reaches motion of about 60 px
@@ -26,24 +24,6 @@ class Estimate(NamedTuple):
     centre: Tensor
     neighbour: Tensor
     flow: Tensor
-
-
-class Refinement(nn.Module):
-    """Estimates what is missing from a flow, given the centre and the warped neighbour."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for c_in in (8, hidden, hidden):
-            layers += [conv3x3(c_in, hidden), nn.ReLU(inplace=True)]
-        self.hidden = nn.Sequential(*layers)
-        self.residual = zeroed(conv3x3(hidden, 2))  # untrained: nothing is missing
-
-    def forward(self, centre: Tensor, neighbour: Tensor, flow: Tensor) -> Tensor:
-        """Refine ``flow`` (M, 2, h, w) between two (M, 3, h, w) images of its resolution."""
-        warped = backward_warp(neighbour, flow)
-        residual: Tensor = self.residual(self.hidden(torch.cat((centre, warped, flow), dim=1)))
-        return flow + residual
 
 
 def innovation(still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
@@ -77,15 +57,14 @@ def innovation(still: Tensor, moving: Tensor, flow: Tensor) -> Tensor:
 class FlowAlign(nn.Module):
     """One flow per neighbour, estimated on reduced images, reused at every scale (paper 1, MSFA simplified).
 
-    Calculus finds it coarse to fine. Widths may add a learned correction at the finest level; the project's
-    own do without. Trained on crops, whose motion is small, it won 0.003 dB on held-back clips and cost one
-    of them, where motion is fast, 0.4 dB; learned at coarser levels, corrections did more harm.
+    Lucas-Kanade steps find it coarse to fine, without a weight to train. A learned correction at the finest
+    level, trained on crops, whose motion is small, won 0.003 dB on validation clips and cost one of them,
+    where motion is fast, 0.4 dB; at coarser levels, corrections did more harm.
     """
 
-    def __init__(self, widths: Widths) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.calculus = LucasKanade()
-        self.refine = Refinement(widths.flow) if widths.flow else None
 
     def estimate(self, frames: Tensor, grey: Tensor) -> Estimate:
         """Flows from the centre to its neighbours: of the 2N pairs, at (H/2, W/2).
@@ -111,8 +90,6 @@ class FlowAlign(nn.Module):
         flow = flow[:, :, : height // 2, : width // 2]
         half = F.avg_pool2d(frames.flatten(1, 2), 2).unflatten(1, frames.shape[1:3])
         centre, neighbour = _pairs(half)
-        if self.refine:
-            flow = self.refine(centre, neighbour, flow)
         return Estimate(centre, neighbour, flow)
 
     def forward(self, lr_window: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,6 @@ class Widths:
     """
 
     name: str
-    flow: int = 0
-    """Hidden channels of a learned correction of the flow, at half resolution; 0: calculus alone."""
     detail: int = 48
     """Trunk channels at full resolution."""
     detail_inner: tuple[int, ...]
