@@ -93,3 +93,14 @@ PARAMETERS = {
     "max_size": "{}x{}".format(*LR_SIZES[-1]),
 }
 """What the ensemble's config publishes for clients; sizes are HEIGHTxWIDTH of the lr frame."""
+
+WEIGHTS_DIGEST, WEIGHTS_NAME, PRECISION, RELEASE = "weights_digest", "weights_name", "precision", "version"
+IDENTITY = (WEIGHTS_DIGEST, WEIGHTS_NAME, PRECISION, RELEASE)
+"""Further parameters of the ensemble, which ``make export`` writes, so that clients can tell servers with
+different weights apart; absent where a repository was exported by release 0.1.
+
+- ``weights_digest``: SHA-256 of the checkpoint file, 64 hex digits, as ``sha256sum`` prints it.
+- ``weights_name``: the checkpoint's file name without suffix, such as ``mst_gan_pruned``.
+- ``precision``: of the generator that this config serves: ``fp32``, ``fp16`` or ``int8``.
+- ``version``: release of this project that exported it, such as ``0.2.0``.
+"""
