@@ -101,4 +101,4 @@ evaluate: setup  ## Score CHECKPOINT="a b ..." on every frame of CLIPS=folder  [
 	$(BIN)/python -m export evaluate $(foreach file,$(CHECKPOINT),--checkpoint $(file)) --clips $(CLIPS) $(if $(NAMES),--names $(NAMES)) $(EVALUATE_ARGS)
 
 clean:  ## Remove what was built, but not .venv
-	rm -rf build model_repository/*/1/model*
+	rm -rf build model_repository/*/1/model* model_repository/mst_gan/config*

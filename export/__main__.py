@@ -62,9 +62,10 @@ def build(
     from export.checkpoint import DEFAULT, load_checkpoint
     from export.data.sample import calibration_windows
     from export.gpus import compute_capabilities
+    from export.model_config import FP32, TENSORRT
     from export.onnx_export import export_onnx
     from export.plan import identity_path
-    from export.repository import FP32, TENSORRT, install, install_plans, write_configs
+    from export.repository import install, install_plans, weights_of, write_configs
     from export.rungs import (
         build_for_tensorrt,
         build_plans,
@@ -78,7 +79,9 @@ def build(
     target = target or default_target()
     check_target(target)
     windows = calibration_windows(calibration)
-    network = load_checkpoint(checkpoint or DEFAULT)
+    checkpoint = checkpoint or DEFAULT
+    network = load_checkpoint(checkpoint)
+    weights = weights_of(checkpoint)
     paths = export_onnx(network, folder)
     chains = chains_of(target, paths, folder)
     parity.check(parity.compare_onnx(network, chains), folder)
@@ -88,7 +91,7 @@ def build(
         write_configs(repository)
         promoted = [verdict.rung for verdict in verdicts if verdict.fast_enough]
         aligners = [rung for rung in chains if rung != FP32]
-        install(folder, repository, {FLOW_ALIGN.name: aligners, GENERATOR.name: promoted})
+        install(folder, repository, weights, {FLOW_ALIGN.name: aligners, GENERATOR.name: promoted})
         served = [FP32, *promoted][-1]
         click.echo(f"{repository} serves the generator in {served}: start a server with `make serve`")
         return
@@ -104,9 +107,9 @@ def build(
         name.split(".")[0]: plan for name, plan in built.items() if name.split(".")[1:] in ([], [served])
     }
     write_configs(repository)
-    install(folder, repository)  # what GPUs without a plan fall back to, by config.pbtxt
+    install(folder, repository, weights)  # what GPUs without a plan fall back to, by config.pbtxt
     identities = {model: identity_path(plan) for model, plan in chosen.items()}
-    install_plans(chosen, identities, repository, compute_capabilities()[0])
+    install_plans(chosen, identities, repository, compute_capabilities()[0], weights)
     click.echo(
         f"{repository} holds plans, the generator's in {served}: start a server of the same TensorRT version "
         "with --model-config-name=tensorrt"

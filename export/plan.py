@@ -45,6 +45,8 @@ class Identity:
 
     library: str
     version: str
+    graph: str
+    """Name of the ONNX file without suffix, such as ``generator.int8``."""
     gpus: list[str]
     """Compute capabilities such as ``8.6``; ``portable`` for what the library targets by default."""
     onnx_sha256: str
@@ -176,6 +178,7 @@ def _identity(trt: ModuleType, library: str, source: Path, profile: Profile, gpu
     return Identity(
         library=library,
         version=trt.__version__,
+        graph=source.stem,
         gpus=list(gpus),
         onnx_sha256=sha256(source),
         fp32_sha256=parent_digest(source),

@@ -21,9 +21,9 @@ from export import spec
 from export.data.sample import sample_windows
 from export.errors import ExportError
 from export.gates import limits_of
+from export.model_config import FP16, INT8
 from export.parity import REPORT, TOLERANCES
 from export.plan import load_library, point_polygraphy_at
-from export.repository import FP16, INT8
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,14 @@
-"""Triton model repository: the contract in, ``config.pbtxt`` files and installed ONNX files out."""
+"""Triton model repository: writes its configurations, and installs ONNX files and plans."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import onnx
@@ -16,49 +18,26 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from export import spec
 from export.errors import ExportError
+from export.model_config import (
+    COMPUTE_CAPABILITIES,
+    FP32,
+    MODEL_FILE,
+    SERVING_CONFIGS,
+    TENSORRT,
+    WITH_PRECISIONS,
+    config_text,
+    ensemble_config,
+    plan_file,
+    precision_file,
+    stage_configs,
+)
 
 VERSION = "1"  # the one version directory of every model
-MODEL_FILE = "model.onnx"  # what config.pbtxt serves: the best that the last export made for its machine
-FP32, FP16, INT8 = "fp32", "fp16", "int8"  # rungs: precisions that a generator comes in
-CPU = "cpu"  # another rung: FP32 in the operators that ONNX Runtime is fast at on a processor
-PARENT_KEY = "fp32_sha256"  # in a rung's metadata: digest of the FP32 graph that it was converted from
-BANNER = "# Generated from export/spec.py by `python -m export repository`; edit there.\n"
-
-# What every instance runs before the server reports ready, so that no client pays for kernels and memory
-# pools. The frame is the smallest one served: a CPU server warms up six instances before it starts.
-ONNX_WARMUPS = [(batch, spec.LR_SIZES[0]) for batch in sorted({spec.BATCHES[0], spec.MAX_BATCH})]
-
-# What TensorRT plans are recorded for as CUDA graphs, and warmed up on: by itself Triton would record the
-# profile's usual size alone. A graph serves its own batch and size and no other. `graph_lower_bound` would
-# let it stand in for smaller ones, padded with whatever lies in memory: harmless in the batch, where every
-# number has its own graph anyway, but in height and width the convolutions would draw it into the frame.
-GRAPHS = [(batch, size) for size in spec.LR_SIZES for batch in range(spec.BATCHES[0], spec.MAX_BATCH + 1)]
-
-COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
-"""GPUs that one repository can hold a plan for, each under a name of its own."""
-PLAN_FILE = "model.plan"  # what Triton looks for on a GPU that is not among them
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What ``tritonserver --model-config-name`` can choose of ONNX files in place of ``config.pbtxt``."""
-
-    kind: pb.ModelInstanceGroup.Kind.ValueType
-    """Device of the instances; ``KIND_AUTO`` is a GPU where Triton sees one, else the CPU."""
-    rungs: Mapping[str, str]
-    """Stage -> rung; the others come in one form."""
-
-
-CHOICES = {
-    name: Choice(kind, {spec.FLOW_ALIGN.name: flow_align, spec.GENERATOR.name: generator})
-    for name, kind, flow_align, generator in (
-        ("cpu", pb.ModelInstanceGroup.KIND_CPU, CPU, INT8),
-        ("cuda", pb.ModelInstanceGroup.KIND_GPU, FP32, FP16),
-        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, FP32, FP32),
-    )
-}
-WITH_RUNGS = {stage for choice in CHOICES.values() for stage in choice.rungs}
-TENSORRT = "tensorrt"  # the choice of plans in place of ONNX files
+PARENT_KEY = "fp32_sha256"  # in the metadata of a converted graph: digest of the FP32 graph it came from
+CONTRACT_FILE = f"{spec.ENSEMBLE.name}/contract.pbtxt"
+"""The committed form of the ensemble's configuration: all but which weights are served. ``config.pbtxt``, and
+``configs/*.pbtxt`` for every other target, are written on export beside the models, and like these are not
+committed."""
 
 ONNX_TYPES = {
     "UINT8": onnx.TensorProto.UINT8,
@@ -67,55 +46,58 @@ ONNX_TYPES = {
 }
 
 
-def config_files() -> dict[str, pb.ModelConfig]:
-    """Path below the repository -> configuration."""
-    files = {}
-    for stage in spec.STAGES:
-        default = files[f"{stage.name}/config.pbtxt"] = _stage_config(stage)
-        for name, choice in CHOICES.items():
-            config = _stage_config(stage, choice)
-            if config != default:  # Triton falls back to config.pbtxt
-                files[f"{stage.name}/configs/{name}.pbtxt"] = config
-        files[f"{stage.name}/configs/{TENSORRT}.pbtxt"] = _plan_config(stage)
-    files[f"{spec.ENSEMBLE.name}/config.pbtxt"] = _ensemble_config()
-    return files
+@dataclass(frozen=True)
+class Weights:
+    """Which checkpoint a repository serves, see ``spec.IDENTITY``."""
+
+    name: str
+    digest: str
+
+    def identity(self, precision: str) -> dict[str, str]:
+        """What the ensemble publishes where its generator has this precision."""
+        return {
+            spec.WEIGHTS_DIGEST: self.digest,
+            spec.WEIGHTS_NAME: self.name,
+            spec.PRECISION: precision,
+            spec.RELEASE: metadata.version("mst-gan-triton"),
+        }
 
 
-def config_text(config: pb.ModelConfig) -> str:
-    """The text of a configuration file, with a first line that says where to edit it."""
-    text: str = text_format.MessageToString(config, use_short_repeated_primitives=True)
-    return BANNER + text
+def weights_of(checkpoint: Path) -> Weights:
+    """Name and digest of a checkpoint file."""
+    return Weights(checkpoint.stem, sha256(checkpoint))
+
+
+def committed_configs() -> dict[str, pb.ModelConfig]:
+    """Path below the repository -> configuration, of every file that is committed."""
+    return {**stage_configs(), CONTRACT_FILE: ensemble_config({})}
 
 
 def write_configs(repository: Path) -> None:
-    """Write every configuration and the version directory that Triton wants even of an ensemble."""
-    for name, config in config_files().items():
-        path = repository / name
+    """Write every configuration and the version directory that Triton wants even of an ensemble.
+
+    An ensemble that was exported still publishes the weights that it published before.
+    """
+    ensemble = repository / spec.ENSEMBLE.name
+    files = {repository / name: config for name, config in committed_configs().items()}
+    for path in (ensemble / "config.pbtxt", *(ensemble / "configs").glob("*.pbtxt")):
+        files[path] = ensemble_config(_published_identity(path))
+    for path, config in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(config_text(config))
-    ensemble_version = repository / spec.ENSEMBLE.name / VERSION
+    ensemble_version = ensemble / VERSION
     ensemble_version.mkdir(exist_ok=True)
     (ensemble_version / ".gitkeep").touch()
 
 
-def rung_file(rung: str) -> str:
-    """Name of a rung in the repository, beside ``model.onnx``."""
-    return f"model.{rung}.onnx"
-
-
-def plan_file(compute_capability: str) -> str:
-    """Name of the plan for one kind of GPU in the repository; ``8.9`` -> ``model.sm89.plan``."""
-    return f"model.sm{compute_capability.replace('.', '')}.plan"
-
-
-def stage_path(build: Path, stage: spec.ModelSpec, rung: str = FP32) -> Path:
+def stage_path(build: Path, stage: spec.ModelSpec, precision: str = FP32) -> Path:
     """Where a stage's ONNX file lies in a build folder; FP32 goes unnamed, for every stage has it."""
-    return build / (f"{stage.name}.onnx" if rung == FP32 else f"{stage.name}.{rung}.onnx")
+    return build / (f"{stage.name}.onnx" if precision == FP32 else f"{stage.name}.{precision}.onnx")
 
 
-def rung_path(build: Path, rung: str) -> Path:
+def generator_path(build: Path, precision: str) -> Path:
     """Where a generator of one precision lies in a build folder."""
-    return stage_path(build, spec.GENERATOR, rung)
+    return stage_path(build, spec.GENERATOR, precision)
 
 
 def sha256(path: Path) -> str:
@@ -128,40 +110,60 @@ def parent_digest(path: Path) -> str:
     return next((p.value for p in onnx.load(path).metadata_props if p.key == PARENT_KEY), "")
 
 
-def install(build: Path, repository: Path, rungs: Mapping[str, Sequence[str]] | None = None) -> None:
+def install(
+    build: Path, repository: Path, weights: Weights, precisions: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Put every stage of a build folder into the repository: all of them, or none.
 
-    ``model.onnx`` of each model is what ``config.pbtxt`` serves; beside it lie its rungs, by name. Rungs of
-    an earlier export stay if they come from the same FP32 graph, and go if they do not. Everything is checked
-    and copied next to its target first; what remains is one rename per file.
+    ``model.onnx`` of each model is what ``config.pbtxt`` serves; beside it lie its other precisions, by name.
+    Those of an earlier export stay if they come from the same FP32 graph, and go if they do not. Everything
+    is checked and written next to its target first; what remains is one rename per file.
 
     Args:
-        build: folder with ``<model>.onnx``, and ``<model>.<rung>.onnx``.
+        build: folder with ``<model>.onnx``, and ``<model>.<precision>.onnx``.
         repository: where the models lie.
-        rungs: stage -> rungs to install beside FP32; the last becomes ``model.onnx``, in place of FP32.
+        weights: what the stages were exported from; the ensemble's configurations publish it.
+        precisions: stage -> precisions to install beside FP32; the last becomes ``model.onnx``, in place of
+            FP32.
 
     Raises:
         ExportError: A file is missing, unreadable, off the contract, or cannot be copied.
     """
     files = []
+    served = FP32
     for stage in spec.STAGES:
-        all_rungs = (FP32, *(rungs or {}).get(stage.name, ()))
-        files.append((stage, stage_path(build, stage, all_rungs[-1]), MODEL_FILE))
-        if stage.name in WITH_RUNGS:
-            files += [(stage, stage_path(build, stage, rung), rung_file(rung)) for rung in all_rungs]
+        all_precisions = (FP32, *(precisions or {}).get(stage.name, ()))
+        if stage == spec.GENERATOR:
+            served = all_precisions[-1]
+        files.append((stage, stage_path(build, stage, all_precisions[-1]), MODEL_FILE))
+        if stage.name in WITH_PRECISIONS:
+            files += [(stage, stage_path(build, stage, one), precision_file(one)) for one in all_precisions]
     for stage, source, _ in files:
         _check_onnx(source, stage)
 
-    copies = [(source, repository / stage.name / VERSION / name) for stage, source, name in files]
+    ensemble = repository / spec.ENSEMBLE.name
+    targets: dict[Path, Path | str] = {
+        repository / stage.name / VERSION / name: source for stage, source, name in files
+    }
+    targets[ensemble / "config.pbtxt"] = config_text(ensemble_config(weights.identity(served)))
+    for name, choice in SERVING_CONFIGS.items():
+        precision = choice.precisions[spec.GENERATOR.name]
+        config = ensemble_config(weights.identity(precision))
+        targets[ensemble / "configs" / f"{name}.pbtxt"] = config_text(config)
     try:
-        _copy_all(copies)
-        _remove_strangers(build, repository)
+        _write_all(targets)
+        _remove_stale(build, repository)
+        _publish_plans(repository, weights)
     except OSError as err:
         raise ExportError(f"cannot install the ONNX files into {repository}: {err}") from err
 
 
 def install_plans(
-    plans: Mapping[str, Path], identities: Mapping[str, Path], repository: Path, compute_capability: str
+    plans: Mapping[str, Path],
+    identities: Mapping[str, Path],
+    repository: Path,
+    compute_capability: str,
+    weights: Weights,
 ) -> None:
     """Put the plans of one kind of GPU into the repository, each with its identity: all of them, or none.
 
@@ -169,9 +171,10 @@ def install_plans(
 
     Args:
         plans: model name -> plan, checked against its surroundings by the caller.
-        identities: model name -> what the plan depends on, as a file.
+        identities: model name -> what the plan depends on (``plan.Identity``), as a file.
         repository: where the models lie.
         compute_capability: of the GPU that the plans were built on, as ``8.9``.
+        weights: what the plans were made from; the ensemble's ``tensorrt`` configuration publishes it.
 
     Raises:
         ExportError: the configurations know no such GPU, or a file cannot be copied.
@@ -179,26 +182,59 @@ def install_plans(
     if compute_capability not in COMPUTE_CAPABILITIES:
         raise ExportError(
             f"expected a GPU of compute capability {', '.join(COMPUTE_CAPABILITIES)}, found "
-            f"{compute_capability}; add it to COMPUTE_CAPABILITIES in export/repository.py"
+            f"{compute_capability}; add it to COMPUTE_CAPABILITIES in export/model_config.py"
         )
     name = plan_file(compute_capability)
-    copies = [(path, repository / model / VERSION / name) for model, path in plans.items()]
-    copies += [(path, repository / model / VERSION / f"{name}.json") for model, path in identities.items()]
+    targets: dict[Path, Path | str] = {}
+    for model, path in plans.items():
+        targets[repository / model / VERSION / name] = path
+        targets[repository / model / VERSION / f"{name}.json"] = identities[model]
     try:
-        _copy_all(copies)
+        _write_all(targets)
+        _publish_plans(repository, weights)
     except OSError as err:
         raise ExportError(f"cannot install the plans into {repository}: {err}") from err
 
 
-def _copy_all(copies: Iterable[tuple[Path, Path]]) -> None:
-    """Copy every source next to its target, and only then rename them all."""
+def _published_identity(path: Path) -> dict[str, str]:
+    """Values of ``spec.IDENTITY`` in an ensemble's configuration; none if it is missing or has none."""
+    if not path.is_file():
+        return {}
+    try:
+        parameters = text_format.Parse(path.read_text(), pb.ModelConfig()).parameters
+    except text_format.ParseError:
+        return {}
+    return {name: parameters[name].string_value for name in spec.IDENTITY if name in parameters}
+
+
+def _publish_plans(repository: Path, weights: Weights) -> None:
+    """Write the ensemble's configuration for the plans that lie there, or remove it where none do.
+
+    A GPU may serve another precision than the next: then all are named.
+    """
+    path = repository / spec.ENSEMBLE.name / "configs" / f"{TENSORRT}.pbtxt"
+    identities = (repository / spec.GENERATOR.name / VERSION).glob(f"{plan_file('*')}.json")
+    graphs = [json.loads(identity.read_text())["graph"] for identity in identities]
+    if graphs:
+        precisions = sorted({graph.removeprefix(f"{spec.GENERATOR.name}.") for graph in graphs})
+        config = ensemble_config(weights.identity(", ".join(precisions)))
+        _write_all({path: config_text(config)})
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_all(targets: Mapping[Path, Path | str]) -> None:
+    """Put every file, a copy of another or a text, next to its target, and only then rename them all."""
     staged: list[tuple[Path, Path]] = []
     try:
-        for source, target in copies:
+        for target, content in targets.items():
             part = target.with_name(f"{target.name}.part")
             target.parent.mkdir(parents=True, exist_ok=True)
             staged.append((part, target))
-            shutil.copyfile(source, part)
+            if isinstance(content, Path):
+                shutil.copyfile(content, part)
+            else:
+                part.write_text(content)
         for part, target in staged:
             os.replace(part, target)
     finally:
@@ -206,111 +242,19 @@ def _copy_all(copies: Iterable[tuple[Path, Path]]) -> None:
             part.unlink(missing_ok=True)
 
 
-def _remove_strangers(build: Path, repository: Path) -> None:
-    """Delete rungs and plans of other weights than those just installed: nobody should serve both."""
+def _remove_stale(build: Path, repository: Path) -> None:
+    """Delete graphs and plans of other weights than those just installed: nobody should serve both."""
     for stage in spec.STAGES:
         digest = sha256(stage_path(build, stage))
         version = repository / stage.name / VERSION
-        for path in version.glob(rung_file("*")):
-            if path.name != rung_file(FP32) and parent_digest(path) != digest:
+        for path in version.glob(precision_file("*")):
+            if path.name != precision_file(FP32) and parent_digest(path) != digest:
                 path.unlink()
         for path in version.glob(plan_file("*")):
             identity = path.with_name(f"{path.name}.json")
             if not identity.is_file() or digest not in identity.read_text():
                 path.unlink()
                 identity.unlink(missing_ok=True)
-
-
-def _stage_config(stage: spec.ModelSpec, choice: Choice | None = None) -> pb.ModelConfig:
-    kind = choice.kind if choice else pb.ModelInstanceGroup.KIND_AUTO
-    file = rung_file(choice.rungs[stage.name]) if choice and stage.name in choice.rungs else MODEL_FILE
-    return pb.ModelConfig(
-        name=stage.name,
-        backend="onnxruntime",
-        max_batch_size=spec.MAX_BATCH,
-        input=_tensors(pb.ModelInput, stage.inputs),
-        output=_tensors(pb.ModelOutput, stage.outputs),
-        default_model_filename=file,
-        instance_group=[
-            pb.ModelInstanceGroup(name=name, count=1, kind=kind) for name in spec.INSTANCE_GROUPS
-        ],
-        dynamic_batching=pb.ModelDynamicBatching(
-            preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=spec.MAX_QUEUE_DELAY_US
-        ),
-        model_warmup=[_warmup(f"batch_{batch}", stage, batch, size) for batch, size in ONNX_WARMUPS],
-        # For a clear refusal by the embedded server; NVIDIA's backends do not look at it.
-        parameters={"multiple_of": pb.ModelParameter(string_value=str(spec.MULTIPLE_OF))}
-        if stage.inputs[0] == spec.LR_WINDOW
-        else {},
-    )
-
-
-def _plan_config(stage: spec.ModelSpec) -> pb.ModelConfig:
-    config = _stage_config(stage, Choice(pb.ModelInstanceGroup.KIND_GPU, {}))
-    config.platform = "tensorrt_plan"
-    config.backend = "tensorrt"
-    config.default_model_filename = PLAN_FILE
-    for capability in COMPUTE_CAPABILITIES:
-        config.cc_model_filenames[capability] = plan_file(capability)
-    cuda = config.optimization.cuda
-    cuda.graphs = True
-    cuda.output_copy_stream = True  # answers leave while the next batch computes
-    Shape = pb.ModelOptimizationPolicy.Cuda.GraphSpec.Shape  # noqa: N806
-    for batch, size in GRAPHS:
-        graph = cuda.graph_spec.add(batch_size=batch)
-        for tensor in stage.inputs:
-            graph.input[tensor.name].CopyFrom(Shape(dim=tensor.shape(batch, size)[1:]))
-    del config.model_warmup[:]
-    config.model_warmup.extend(
-        _warmup("batch_{}_{}x{}".format(batch, *size), stage, batch, size) for batch, size in GRAPHS
-    )
-    return config
-
-
-def _warmup(name: str, stage: spec.ModelSpec, batch: int, lr_size: spec.Size) -> pb.ModelWarmup:
-    return pb.ModelWarmup(
-        name=name,
-        batch_size=batch,
-        inputs={
-            tensor.name: pb.ModelWarmup.Input(
-                data_type=_data_type(tensor), dims=tensor.shape(batch, lr_size)[1:], zero_data=True
-            )
-            for tensor in stage.inputs
-        },
-    )
-
-
-def _ensemble_config() -> pb.ModelConfig:
-    """The ensemble: Triton refuses instance groups and warm-up here, so the stages carry them."""
-    return pb.ModelConfig(
-        name=spec.ENSEMBLE.name,
-        platform="ensemble",
-        max_batch_size=spec.MAX_BATCH,
-        input=_tensors(pb.ModelInput, spec.ENSEMBLE.inputs),
-        output=_tensors(pb.ModelOutput, spec.ENSEMBLE.outputs),
-        ensemble_scheduling=pb.ModelEnsembling(
-            step=[
-                pb.ModelEnsembling.Step(
-                    model_name=stage.name,
-                    model_version=-1,  # the latest
-                    input_map={tensor.name: tensor.name for tensor in stage.inputs},
-                    output_map={tensor.name: tensor.name for tensor in stage.outputs},
-                )
-                for stage in spec.STAGES
-            ]
-        ),
-        parameters={key: pb.ModelParameter(string_value=value) for key, value in spec.PARAMETERS.items()},
-    )
-
-
-def _tensors(
-    message: type[pb.ModelInput] | type[pb.ModelOutput], tensors: Iterable[spec.TensorSpec]
-) -> list[pb.ModelInput] | list[pb.ModelOutput]:
-    return [message(name=t.name, data_type=_data_type(t), dims=t.dims) for t in tensors]
-
-
-def _data_type(tensor: spec.TensorSpec) -> pb.DataType:
-    return pb.DataType.Value(f"TYPE_{tensor.dtype}")
 
 
 def _check_onnx(source: Path, stage: spec.ModelSpec) -> None:

@@ -21,6 +21,7 @@ from export.errors import ExportError
 from export.fp16 import to_fp16
 from export.gates import Verdict, judge_generator
 from export.gpus import compute_capabilities
+from export.model_config import CPU, FP16, FP32, INT8, TENSORRT
 from export.network import MstGan
 from export.plan import build_plan, check_plan, load_library, stage_profile
 from export.quantize import (
@@ -34,18 +35,7 @@ from export.quantize import (
     sensitivity,
     write_table,
 )
-from export.repository import (
-    CPU,
-    FP16,
-    FP32,
-    INT8,
-    PARENT_KEY,
-    TENSORRT,
-    parent_digest,
-    rung_path,
-    sha256,
-    stage_path,
-)
+from export.repository import PARENT_KEY, generator_path, parent_digest, sha256, stage_path
 from export.rounding import rounded_weights, with_weights
 from export.tensorrt_graph import quantise_for_tensorrt, tensorrt_graph
 
@@ -135,7 +125,7 @@ def build_rung(
     rung = TARGETS[target]
     if rung == FP32:
         return []
-    path = rung_path(folder, rung)
+    path = generator_path(folder, rung)
     log.info("converting %s", path)
     fp32 = onnx.load(stages[spec.GENERATOR.name])
     model = to_fp16(fp32) if rung == FP16 else _int8_for_cpu(network, fp32, folder, calibration)
@@ -169,7 +159,7 @@ def build_for_tensorrt(
     for name in PLANS:
         _save(graphs[name], folder / f"{name}.onnx", stages[name.split(".")[0]])
     return [
-        judge_generator(rung, rung_path(folder, rung), FP32, stages, judge_speed=False)
+        judge_generator(rung, generator_path(folder, rung), FP32, stages, judge_speed=False)
         for rung in (FP16, INT8)
     ]
 

@@ -43,7 +43,7 @@ def toy_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build.mkdir()
     build_toy_models(build)
     repository.write_configs(models)
-    repository.install(build, models)
+    repository.install(build, models, repository.Weights("toy", "0" * 64))
     add_batch_witness(models)
     return models
 

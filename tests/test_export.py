@@ -17,13 +17,14 @@ from export import onnx_export, parity, spec
 from export.__main__ import main
 from export.checkpoint import DEFAULT, load_checkpoint, save_checkpoint
 from export.data.sample import sample_windows
+from export.model_config import WITH_PRECISIONS
 from export.network import PRUNED, WIDTHS, MstGan
-from export.repository import WITH_RUNGS, stage_path
+from export.repository import stage_path
 
 
 def installed(folder: Path) -> list[Path]:
     """The FP32 file of every stage."""
-    names = dict.fromkeys(WITH_RUNGS, "model.fp32.onnx")
+    names = dict.fromkeys(WITH_PRECISIONS, "model.fp32.onnx")
     return [
         folder / "models" / stage.name / "1" / names.get(stage.name, "model.onnx") for stage in spec.STAGES
     ]

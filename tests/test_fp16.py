@@ -18,7 +18,7 @@ from export import onnx_export, rungs, spec
 from export.fp16 import to_fp16
 from export.gates import judge_generator
 from export.gpus import compute_capabilities
-from export.repository import rung_path, stage_path
+from export.repository import generator_path, stage_path
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def stages(built: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def fp32(built: Path) -> Path:
-    return rung_path(built / "build", "fp32")
+    return generator_path(built / "build", "fp32")
 
 
 @pytest.fixture(scope="module")

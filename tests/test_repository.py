@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,25 +12,28 @@ import numpy as np
 import onnx
 import pytest
 from google.protobuf import text_format
+from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import model_config_pb2 as pb
 
 from deploy.embedded.server import TritonServer
 from export import spec
 from export.errors import ExportError
+from export.model_config import COMPUTE_CAPABILITIES, config_text
 from export.repository import (
-    COMPUTE_CAPABILITIES,
+    CONTRACT_FILE,
     PARENT_KEY,
-    config_files,
-    config_text,
+    Weights,
+    committed_configs,
     install,
     install_plans,
     sha256,
+    weights_of,
     write_configs,
 )
 
 COMMITTED = Path(__file__).parent.parent / "model_repository"
 STAGE_NAMES = [stage.name for stage in spec.STAGES]
-NAMES = [*STAGE_NAMES, spec.ENSEMBLE.name]
+WEIGHTS = Weights("mst_gan_toy", "ab" * 32)
 
 
 @pytest.fixture
@@ -53,27 +59,38 @@ def models(tmp_path: Path) -> Path:
 
 def parse(name: str) -> pb.ModelConfig:
     """The committed config; a field that Triton's protobuf does not have raises."""
-    return text_format.Parse((COMMITTED / name / "config.pbtxt").read_text(), pb.ModelConfig())
+    file = CONTRACT_FILE if name == spec.ENSEMBLE.name else f"{name}/config.pbtxt"
+    return text_format.Parse((COMMITTED / file).read_text(), pb.ModelConfig())
+
+
+def published(models: Path, target: str | None = None) -> dict[str, str]:
+    """What an installed ensemble publishes beside the contract."""
+    path = models / spec.ENSEMBLE.name / (f"configs/{target}.pbtxt" if target else "config.pbtxt")
+    config = text_format.Parse(path.read_text(), pb.ModelConfig())
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert spec.PARAMETERS.items() <= parameters.items()
+    return {key: parameters[key] for key in parameters.keys() - spec.PARAMETERS.keys()}
 
 
 def tensors(entries: list[pb.ModelInput] | list[pb.ModelOutput]) -> dict[str, tuple[int, tuple[int, ...]]]:
     return {entry.name: (entry.data_type, tuple(entry.dims)) for entry in entries}
 
 
-@pytest.mark.parametrize("path", config_files())
+@pytest.mark.parametrize("path", committed_configs())
 def test_committed_config_is_the_generated_one(path: str) -> None:
-    assert (COMMITTED / path).read_text() == config_text(config_files()[path])
+    assert (COMMITTED / path).read_text() == config_text(committed_configs()[path])
 
 
-@pytest.mark.parametrize("path", config_files())
+@pytest.mark.parametrize("path", committed_configs())
 def test_committed_config_parses_to_what_was_generated(path: str) -> None:
-    assert text_format.Parse((COMMITTED / path).read_text(), pb.ModelConfig()) == config_files()[path]
+    assert text_format.Parse((COMMITTED / path).read_text(), pb.ModelConfig()) == committed_configs()[path]
 
 
 def test_every_config_of_the_repository_is_generated() -> None:
-    committed = {str(path.relative_to(COMMITTED)) for path in COMMITTED.rglob("*.pbtxt")}
-    assert committed == set(config_files())
-    assert {f"{name}/config.pbtxt" for name in NAMES} <= committed
+    found = {str(path.relative_to(COMMITTED)) for path in COMMITTED.rglob("*.pbtxt")}
+    exported = f"{spec.ENSEMBLE.name}/config"  # of the last export here; not committed
+    assert {path for path in found if not path.startswith(exported)} == set(committed_configs())
+    assert {f"{name}/config.pbtxt" for name in STAGE_NAMES} | {CONTRACT_FILE} <= found
     assert (COMMITTED / spec.ENSEMBLE.name / "1").is_dir()  # Triton wants a version even of an ensemble
 
 
@@ -146,7 +163,7 @@ def test_ensemble_publishes_the_contract_and_nothing_triton_refuses() -> None:
     ],
 )
 def test_alternatives_differ_in_device_and_rungs_alone(name: str, kind: int, rungs: dict[str, str]) -> None:
-    files = config_files()
+    files = committed_configs()
     for stage in STAGE_NAMES:
         config = files[f"{stage}/config.pbtxt"]
         alternative = files.get(f"{stage}/configs/{name}.pbtxt", config)  # as Triton falls back
@@ -193,7 +210,7 @@ def test_plans_are_recorded_and_warmed_up_for_every_batch_and_size(stage: spec.M
 
 @pytest.mark.parametrize("stage", spec.STAGES, ids=STAGE_NAMES)
 def test_plans_are_chosen_by_gpu(stage: spec.ModelSpec) -> None:
-    config = config_files()[f"{stage.name}/configs/tensorrt.pbtxt"]
+    config = committed_configs()[f"{stage.name}/configs/tensorrt.pbtxt"]
     assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
     assert config.default_model_filename == "model.plan"
     assert dict(config.cc_model_filenames)["8.9"] == "model.sm89.plan"
@@ -204,6 +221,10 @@ def test_plans_are_chosen_by_gpu(stage: spec.ModelSpec) -> None:
     assert config.dynamic_batching == default.dynamic_batching
 
 
+def identity_text(graph: str, digest: str = "") -> str:
+    return json.dumps({"graph": graph, "fp32_sha256": digest})
+
+
 @pytest.fixture
 def plans(tmp_path: Path) -> dict[str, Path]:
     """Plans whose content plays no part, beside their identities."""
@@ -211,38 +232,39 @@ def plans(tmp_path: Path) -> dict[str, Path]:
     folder.mkdir()
     for name in STAGE_NAMES:
         (folder / f"{name}.plan").write_bytes(name.encode())
-        (folder / f"{name}.json").write_text(f"identity of {name}")
+        (folder / f"{name}.json").write_text(identity_text(f"{name}.int8" if name == "generator" else name))
     return {name: folder / f"{name}.plan" for name in STAGE_NAMES}
 
 
 def test_plans_of_several_gpus_lie_side_by_side(plans: dict[str, Path], models: Path) -> None:
     identities = {name: path.with_suffix(".json") for name, path in plans.items()}
     for gpu in ("8.9", "12.0"):
-        install_plans(plans, identities, models, gpu)
+        install_plans(plans, identities, models, gpu, WEIGHTS)
     assert installed(models, "generator") == [
         "model.onnx", "model.sm120.plan", "model.sm120.plan.json", "model.sm89.plan", "model.sm89.plan.json",
     ]  # fmt: skip
     assert (models / "generator/1/model.sm89.plan").read_bytes() == b"generator"
     with pytest.raises(ExportError, match=r"expected a GPU of compute capability 7.5, .*, found 6.1; add it"):
-        install_plans(plans, identities, models, "6.1")
+        install_plans(plans, identities, models, "6.1", WEIGHTS)
 
 
 def test_all_plans_are_installed_or_none(plans: dict[str, Path], models: Path) -> None:
     identities = {name: path.with_suffix(".json") for name, path in plans.items()}
     identities[STAGE_NAMES[-1]].unlink()
     with pytest.raises(ExportError, match="cannot install the plans"):
-        install_plans(plans, identities, models, "8.9")
+        install_plans(plans, identities, models, "8.9", WEIGHTS)
     assert_old_files(models)
 
 
 def test_plans_go_when_other_weights_come(build: Path, plans: dict[str, Path], models: Path) -> None:
     identities = {name: path.with_suffix(".json") for name, path in plans.items()}
     for name, path in identities.items():
-        path.write_text(sha256(build / f"{name}.onnx"))
-    identities["generator"].write_text("0" * 64)
-    install_plans(plans, identities, models, "8.9")
-    install(build, models)
+        path.write_text(identity_text(name, sha256(build / f"{name}.onnx")))
+    identities["generator"].write_text(identity_text("generator.int8", "0" * 64))
+    install_plans(plans, identities, models, "8.9", WEIGHTS)
+    install(build, models, WEIGHTS)
     assert "model.sm89.plan" in installed(models, "flow_align")
+    assert not (models / "mst_gan/configs/tensorrt.pbtxt").exists()
     assert installed(models, "generator") == ["model.fp32.onnx", "model.onnx"]
 
 
@@ -256,7 +278,7 @@ def add_rung(build: Path, stage: str, rung: str) -> Path:
 
 
 def test_install_replaces_every_file(build: Path, models: Path) -> None:
-    install(build, models)
+    install(build, models, WEIGHTS)
 
     for name in STAGE_NAMES:
         assert (models / name / "1/model.onnx").read_bytes() == (build / f"{name}.onnx").read_bytes()
@@ -264,10 +286,62 @@ def test_install_replaces_every_file(build: Path, models: Path) -> None:
     assert installed(models, "pixel_shuffle") == ["model.onnx"]
 
 
+def identity(precision: str, weights: Weights = WEIGHTS) -> dict[str, str]:
+    version = tomllib.loads((COMMITTED.parent / "pyproject.toml").read_text())["project"]["version"]
+    return {
+        "weights_digest": weights.digest, "weights_name": weights.name, "precision": precision,
+        "version": version,
+    }  # fmt: skip
+
+
+def test_the_ensemble_publishes_its_weights_for_every_target(build: Path, models: Path) -> None:
+    assert published(models) == {}
+    add_rung(build, "generator", "int8")
+    install(build, models, WEIGHTS, {"generator": ["int8"]})
+    served = {None: "int8", "cpu": "int8", "cuda": "fp16", "fp32": "fp32"}
+    assert {target: published(models, target) for target in served} == {
+        target: identity(precision) for target, precision in served.items()
+    }
+    write_configs(models)  # as after an update of the project
+    assert published(models) == identity("int8")
+    other = Weights("other", "cd" * 32)
+    install(build, models, other)
+    assert published(models) == identity("fp32", other)
+    assert published(models, "cuda") == identity("fp16", other)
+
+
+def test_the_ensemble_names_every_precision_of_its_plans(plans: dict[str, Path], models: Path) -> None:
+    identities = {name: path.with_suffix(".json") for name, path in plans.items()}
+    install_plans(plans, identities, models, "8.9", WEIGHTS)
+    assert published(models, "tensorrt") == identity("int8")
+    identities["generator"].write_text(identity_text("generator.fp16"))
+    install_plans(plans, identities, models, "12.0", WEIGHTS)
+    assert published(models, "tensorrt") == identity("fp16, int8")
+    install_plans(plans, identities, models, "8.9", WEIGHTS)
+    assert published(models, "tensorrt") == identity("fp16")
+
+
+def test_export_leaves_the_checkout_clean() -> None:
+    """All that an export writes is ignored by git, and the committed files are as generated."""
+    ensemble = f"model_repository/{spec.ENSEMBLE.name}"
+    written = [f"{ensemble}/config.pbtxt", f"{ensemble}/configs/cpu.pbtxt"]
+    written += [f"model_repository/{name}/1/model.onnx" for name in STAGE_NAMES]
+    ignored = git("check-ignore", "--no-index", *written)
+    assert ignored == written
+    assert git("ls-files", ensemble) == [f"{ensemble}/1/.gitkeep", f"{ensemble}/contract.pbtxt"]
+
+
+def git(*arguments: str) -> list[str]:
+    found = subprocess.run(["git", *arguments], cwd=COMMITTED.parent, text=True, capture_output=True)
+    if found.returncode == 128:
+        pytest.skip("not a git checkout")
+    return found.stdout.splitlines()
+
+
 @pytest.mark.parametrize(("stage", "rung"), [("generator", "int8"), ("flow_align", "cpu")])
 def test_the_last_rung_becomes_the_model(build: Path, models: Path, stage: str, rung: str) -> None:
     path = add_rung(build, stage, rung)
-    install(build, models, {stage: [rung]})
+    install(build, models, WEIGHTS, {stage: [rung]})
 
     version = models / stage / "1"
     assert set(installed(models, stage)) == {"model.fp32.onnx", f"model.{rung}.onnx", "model.onnx"}
@@ -281,14 +355,14 @@ def test_rungs_stay_with_their_weights_and_go_with_others(
     build: Path, models: Path, stage: str, rung: str
 ) -> None:
     add_rung(build, stage, rung)
-    install(build, models, {stage: [rung]})
-    install(build, models)
+    install(build, models, WEIGHTS, {stage: [rung]})
+    install(build, models, WEIGHTS)
     assert f"model.{rung}.onnx" in installed(models, stage)
 
     fp32 = onnx.load(build / f"{stage}.onnx")
     fp32.doc_string = "other weights"
     onnx.save(fp32, build / f"{stage}.onnx")
-    install(build, models)
+    install(build, models, WEIGHTS)
     assert installed(models, stage) == ["model.fp32.onnx", "model.onnx"]
 
 
@@ -343,7 +417,7 @@ def test_install_keeps_the_old_files_when_one_is_bad(
     spoil(build / f"{STAGE_NAMES[-1]}.onnx")
 
     with pytest.raises(ExportError, match=message):
-        install(build, models)
+        install(build, models, WEIGHTS)
 
     assert_old_files(models)
 
@@ -360,7 +434,7 @@ def test_install_keeps_the_old_files_when_a_copy_fails(
 
     monkeypatch.setattr("export.repository.shutil.copyfile", copyfile)
     with pytest.raises(ExportError, match="No space left on device"):
-        install(build, models)
+        install(build, models, WEIGHTS)
 
     assert_old_files(models)
 
@@ -373,17 +447,27 @@ def assert_old_files(models: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("options", "flow_align", "generator"),
+    ("options", "flow_align", "generator", "precision"),
     [
-        ((), "model.onnx", "model.onnx"),
-        (("--model-config-name=cpu",), "model.cpu.onnx", "model.int8.onnx"),
-        (("--model-config-name=fp32",), "model.fp32.onnx", "model.fp32.onnx"),
+        ((), "model.onnx", "model.onnx", "int8"),
+        (("--model-config-name=cpu",), "model.cpu.onnx", "model.int8.onnx", "int8"),
+        (("--model-config-name=fp32",), "model.fp32.onnx", "model.fp32.onnx", "fp32"),
     ],
 )
-def test_the_server_takes_the_chosen_rungs(
-    built: Path, tmp_path: Path, options: tuple[str, ...], flow_align: str, generator: str
+def test_the_server_takes_the_chosen_precisions_and_says_so(
+    built: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    flow_align: str,
+    generator: str,
+    precision: str,
 ) -> None:
     with TritonServer(built / "models", tmp_path / "triton.log", *options) as server:
         log = server.log_file.read_text()
+        with InferenceServerClient(server.grpc_url) as client:
+            config = client.get_model_config(spec.ENSEMBLE.name).config
     assert f"generator stream_0_0: {generator} on CPUExecutionProvider" in log
     assert f"flow_align stream_0_0: {flow_align} on CPUExecutionProvider" in log
+    parameters = {name: value.string_value for name, value in config.parameters.items()}
+    assert parameters == {**spec.PARAMETERS, **identity(precision, weights_of(checkpoint))}

@@ -16,7 +16,7 @@ from deploy import doctor
 from deploy.doctor import Finding
 from deploy.embedded.launcher import LaunchError
 from export import spec
-from export.repository import install, write_configs
+from export.repository import Weights, install, write_configs
 
 HD = (720, 1280)
 
@@ -139,7 +139,7 @@ def repository(toy_repository: Path, tmp_path: Path) -> Path:
     for stage in spec.STAGES:
         shutil.copy(toy_repository / stage.name / "1/model.onnx", build / f"{stage.name}.onnx")
     write_configs(models)
-    install(build, models)
+    install(build, models, Weights("toy", "0" * 64))
     return models
 
 

@@ -1,0 +1,180 @@
+"""Triton's ``config.pbtxt`` of every model, computed from ``spec``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from export import spec
+
+MODEL_FILE = "model.onnx"  # what config.pbtxt serves: the best that the last export made for its machine
+FP32, FP16, INT8 = "fp32", "fp16", "int8"  # precisions of a generator
+CPU = "cpu"  # FP32 in the operators that ONNX Runtime's CPU provider is fast at: a form of flow_align
+BANNER = "# Generated from export/spec.py by `python -m export repository`; edit there.\n"
+
+# What every instance runs before the server reports ready, so that no client pays for kernels and memory
+# pools. The frame is the smallest one served: a CPU server warms up six instances before it starts.
+ONNX_WARMUPS = [(batch, spec.LR_SIZES[0]) for batch in sorted({spec.BATCHES[0], spec.MAX_BATCH})]
+
+# What TensorRT plans are recorded for as CUDA graphs, and warmed up on: by itself Triton would record the
+# profile's usual size alone. A graph serves its own batch and size and no other. `graph_lower_bound` would
+# let it stand in for smaller ones, padded with whatever lies in memory: harmless in the batch, where every
+# number has its own graph anyway, but in height and width the convolutions would draw it into the frame.
+GRAPHS = [(batch, size) for size in spec.LR_SIZES for batch in range(spec.BATCHES[0], spec.MAX_BATCH + 1)]
+
+COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
+"""GPUs that one repository can hold a plan for, each under a name of its own."""
+PLAN_FILE = "model.plan"  # what Triton looks for on a GPU that is not among them
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """What ``tritonserver --model-config-name`` can choose of ONNX files in place of ``config.pbtxt``."""
+
+    kind: pb.ModelInstanceGroup.Kind.ValueType
+    """Device of the instances; ``KIND_AUTO`` is a GPU where Triton sees one, else the CPU."""
+    precisions: Mapping[str, str]
+    """Stage -> precision; the others come in one form."""
+
+
+SERVING_CONFIGS = {
+    name: ServingConfig(kind, {spec.FLOW_ALIGN.name: flow_align, spec.GENERATOR.name: generator})
+    for name, kind, flow_align, generator in (
+        ("cpu", pb.ModelInstanceGroup.KIND_CPU, CPU, INT8),
+        ("cuda", pb.ModelInstanceGroup.KIND_GPU, FP32, FP16),
+        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, FP32, FP32),
+    )
+}
+WITH_PRECISIONS = {stage for config in SERVING_CONFIGS.values() for stage in config.precisions}
+TENSORRT = "tensorrt"  # the config that serves plans in place of ONNX files
+
+
+def stage_configs() -> dict[str, pb.ModelConfig]:
+    """Path below the repository -> configuration, of the three stages."""
+    files = {}
+    for stage in spec.STAGES:
+        default = files[f"{stage.name}/config.pbtxt"] = _stage_config(stage)
+        for name, choice in SERVING_CONFIGS.items():
+            config = _stage_config(stage, choice)
+            if config != default:  # Triton falls back to config.pbtxt
+                files[f"{stage.name}/configs/{name}.pbtxt"] = config
+        files[f"{stage.name}/configs/{TENSORRT}.pbtxt"] = _plan_config(stage)
+    return files
+
+
+def ensemble_config(identity: Mapping[str, str]) -> pb.ModelConfig:
+    """The ensemble: Triton refuses instance groups and warm-up here, so the stages carry them.
+
+    Args:
+        identity: values of ``spec.IDENTITY``, or none of them.
+    """
+    parameters = {**spec.PARAMETERS, **identity}
+    return pb.ModelConfig(
+        name=spec.ENSEMBLE.name,
+        platform="ensemble",
+        max_batch_size=spec.MAX_BATCH,
+        input=_tensors(pb.ModelInput, spec.ENSEMBLE.inputs),
+        output=_tensors(pb.ModelOutput, spec.ENSEMBLE.outputs),
+        ensemble_scheduling=pb.ModelEnsembling(
+            step=[
+                pb.ModelEnsembling.Step(
+                    model_name=stage.name,
+                    model_version=-1,  # the latest
+                    input_map={tensor.name: tensor.name for tensor in stage.inputs},
+                    output_map={tensor.name: tensor.name for tensor in stage.outputs},
+                )
+                for stage in spec.STAGES
+            ]
+        ),
+        parameters={key: pb.ModelParameter(string_value=value) for key, value in parameters.items()},
+    )
+
+
+def config_text(config: pb.ModelConfig) -> str:
+    """The text of a configuration file, with a first line that says where to edit it."""
+    text: str = text_format.MessageToString(config, use_short_repeated_primitives=True)
+    return BANNER + text
+
+
+def precision_file(precision: str) -> str:
+    """Name of the file of one precision in the repository, beside ``model.onnx``."""
+    return f"model.{precision}.onnx"
+
+
+def plan_file(compute_capability: str) -> str:
+    """Name of the plan for one kind of GPU in the repository; ``8.9`` -> ``model.sm89.plan``."""
+    return f"model.sm{compute_capability.replace('.', '')}.plan"
+
+
+def _stage_config(stage: spec.ModelSpec, choice: ServingConfig | None = None) -> pb.ModelConfig:
+    kind = choice.kind if choice else pb.ModelInstanceGroup.KIND_AUTO
+    file = MODEL_FILE
+    if choice and stage.name in choice.precisions:
+        file = precision_file(choice.precisions[stage.name])
+    return pb.ModelConfig(
+        name=stage.name,
+        backend="onnxruntime",
+        max_batch_size=spec.MAX_BATCH,
+        input=_tensors(pb.ModelInput, stage.inputs),
+        output=_tensors(pb.ModelOutput, stage.outputs),
+        default_model_filename=file,
+        instance_group=[
+            pb.ModelInstanceGroup(name=name, count=1, kind=kind) for name in spec.INSTANCE_GROUPS
+        ],
+        dynamic_batching=pb.ModelDynamicBatching(
+            preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=spec.MAX_QUEUE_DELAY_US
+        ),
+        model_warmup=[_warmup(f"batch_{batch}", stage, batch, size) for batch, size in ONNX_WARMUPS],
+        # For a clear refusal by the embedded server; NVIDIA's backends do not look at it.
+        parameters={"multiple_of": pb.ModelParameter(string_value=str(spec.MULTIPLE_OF))}
+        if stage.inputs[0] == spec.LR_WINDOW
+        else {},
+    )
+
+
+def _plan_config(stage: spec.ModelSpec) -> pb.ModelConfig:
+    config = _stage_config(stage, ServingConfig(pb.ModelInstanceGroup.KIND_GPU, {}))
+    config.platform = "tensorrt_plan"
+    config.backend = "tensorrt"
+    config.default_model_filename = PLAN_FILE
+    for capability in COMPUTE_CAPABILITIES:
+        config.cc_model_filenames[capability] = plan_file(capability)
+    cuda = config.optimization.cuda
+    cuda.graphs = True
+    cuda.output_copy_stream = True  # answers leave while the next batch computes
+    Shape = pb.ModelOptimizationPolicy.Cuda.GraphSpec.Shape  # noqa: N806
+    for batch, size in GRAPHS:
+        graph = cuda.graph_spec.add(batch_size=batch)
+        for tensor in stage.inputs:
+            graph.input[tensor.name].CopyFrom(Shape(dim=tensor.shape(batch, size)[1:]))
+    del config.model_warmup[:]
+    config.model_warmup.extend(
+        _warmup("batch_{}_{}x{}".format(batch, *size), stage, batch, size) for batch, size in GRAPHS
+    )
+    return config
+
+
+def _warmup(name: str, stage: spec.ModelSpec, batch: int, lr_size: spec.Size) -> pb.ModelWarmup:
+    return pb.ModelWarmup(
+        name=name,
+        batch_size=batch,
+        inputs={
+            tensor.name: pb.ModelWarmup.Input(
+                data_type=_data_type(tensor), dims=tensor.shape(batch, lr_size)[1:], zero_data=True
+            )
+            for tensor in stage.inputs
+        },
+    )
+
+
+def _tensors(
+    message: type[pb.ModelInput] | type[pb.ModelOutput], tensors: Iterable[spec.TensorSpec]
+) -> list[pb.ModelInput] | list[pb.ModelOutput]:
+    return [message(name=t.name, data_type=_data_type(t), dims=t.dims) for t in tensors]
+
+
+def _data_type(tensor: spec.TensorSpec) -> pb.DataType:
+    return pb.DataType.Value(f"TYPE_{tensor.dtype}")
