@@ -16,7 +16,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 MODELS := model_repository/generator/1/model.onnx
-EXPORT_CODE := pyproject.toml $(wildcard export/*.py export/*.toml export/network/*.py export/data/*.py export/metrics/*.py)
+EXPORT_CODE := pyproject.toml $(wildcard export/*.py $(foreach d,network onnx tensorrt verify data metrics,export/$(d)/*.py) export/verify/*.toml)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup export plans configs serve doctor demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean

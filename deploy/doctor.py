@@ -24,8 +24,8 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from deploy.embedded.launcher import LaunchError, check_packages, find_libpython, find_wheel
 from export import spec
-from export.gpus import compute_capabilities
 from export.model_config import plan_file
+from export.tensorrt.gpus import compute_capabilities
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = ROOT / "model_repository"

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from export.errors import ExportError
-from export.folders import BUILD, ROOT
+from export.paths import BUILD, ROOT
 from export.training.average import average
 from export.training.commands import prune, train, train_all
 from export.training.evaluate_command import evaluate
@@ -52,29 +52,31 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Folder of videos to find INT8 ranges on; by default the sample clips.",
 )
-@click.option("--speed-gate/--no-speed-gate", default=True, help="Serve a rung only if it is faster here.")
+@click.option(
+    "--speed-gate/--no-speed-gate", default=True, help="Serve a lower precision only if it is faster here."
+)
 def build(
     checkpoint: Path | None, repository: Path, folder: Path, target: str | None, calibration: Path | None,
     speed_gate: bool,
 ) -> None:  # fmt: skip
     """Checkpoint -> ONNX -> the target's precision -> parity checks -> model repository."""
-    from export import gates, parity, plan_gate
     from export.checkpoint import DEFAULT, load_checkpoint
     from export.data.sample import calibration_windows
-    from export.gpus import compute_capabilities
-    from export.model_config import FP32, TENSORRT
-    from export.onnx_export import export_onnx
-    from export.plan import identity_path
+    from export.model_config import FP16, FP32, INT8, TENSORRT
+    from export.onnx.export import export_onnx
     from export.repository import install, install_plans, weights_of, write_configs
-    from export.rungs import (
+    from export.spec import FLOW_ALIGN, GENERATOR
+    from export.targets import (
         build_for_tensorrt,
+        build_generator,
         build_plans,
-        build_rung,
         chains_of,
         check_target,
         default_target,
     )
-    from export.spec import FLOW_ALIGN, GENERATOR
+    from export.tensorrt.gpus import compute_capabilities
+    from export.tensorrt.plan import identity_path
+    from export.verify.compare import Report, compare_plans, compare_stages
 
     target = target or default_target()
     check_target(target)
@@ -82,27 +84,28 @@ def build(
     checkpoint = checkpoint or DEFAULT
     network = load_checkpoint(checkpoint)
     weights = weights_of(checkpoint)
+    report = Report(folder)
     paths = export_onnx(network, folder)
     chains = chains_of(target, paths, folder)
-    parity.check(parity.compare_onnx(network, chains), folder)
+    report.check("onnx", compare_stages(network, chains))
     if target != TENSORRT:
-        verdicts = build_rung(target, network, paths, folder, windows, judge_speed=speed_gate)
-        gates.check(verdicts, folder)
+        comparisons = build_generator(target, network, paths, folder, windows, timed=speed_gate)
+        report.check("precisions", comparisons)
         write_configs(repository)
-        promoted = [verdict.rung for verdict in verdicts if verdict.fast_enough]
-        aligners = [rung for rung in chains if rung != FP32]
-        install(folder, repository, weights, {FLOW_ALIGN.name: aligners, GENERATOR.name: promoted})
-        served = [FP32, *promoted][-1]
+        selected = [one.precision for one in comparisons if one.fast_enough]
+        aligners = [precision for precision in chains if precision != FP32]
+        install(folder, repository, weights, {FLOW_ALIGN.name: aligners, GENERATOR.name: selected})
+        served = [FP32, *selected][-1]
         click.echo(f"{repository} serves the generator in {served}: start a server with `make serve`")
         return
 
     graphs = folder / TENSORRT
-    gates.check(build_for_tensorrt(network, paths, graphs, windows), folder)
+    report.check("precisions", build_for_tensorrt(network, paths, graphs, windows))
     built = build_plans(TENSORRT, graphs, graphs, paths)
-    verdicts_of_plans = plan_gate.judge_plans(
-        TENSORRT, {name: graphs / f"{name}.onnx" for name in built}, built
-    )
-    served = plan_gate.choose(verdicts_of_plans, folder, judge_speed=speed_gate)
+    sources = {name: graphs / f"{name}.onnx" for name in built}
+    comparisons = compare_plans(TENSORRT, sources, built, timed=speed_gate)
+    report.check("plans", comparisons)
+    served = INT8 if all(one.fast_enough for one in comparisons) else FP16
     chosen = {
         name.split(".")[0]: plan for name, plan in built.items() if name.split(".")[1:] in ([], [served])
     }
@@ -135,13 +138,13 @@ def plans(
     calibration: Path | None, check: bool,
 ) -> None:  # fmt: skip
     """TensorRT plans of every stage, the generator in FP16 and INT8, from what build has exported."""
-    from export import gates
     from export.checkpoint import DEFAULT, load_checkpoint
     from export.data.sample import calibration_windows
-    from export.plan import load_library
     from export.repository import stage_path
-    from export.rungs import build_for_tensorrt, build_plans
     from export.spec import STAGES
+    from export.targets import build_for_tensorrt, build_plans
+    from export.tensorrt.plan import load_library
+    from export.verify.compare import Report
 
     load_library(library)
     windows = calibration_windows(calibration)
@@ -152,7 +155,7 @@ def plans(
     graphs = out / "onnx"
     if not check:
         network = load_checkpoint(checkpoint or DEFAULT)
-        gates.check(build_for_tensorrt(network, stages, graphs, windows), out)
+        Report(out).check("precisions", build_for_tensorrt(network, stages, graphs, windows))
     for plan in build_plans(library, graphs, out / library, stages, gpus, only_check=check).values():
         click.echo(f"{plan} fits")
 

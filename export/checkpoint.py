@@ -9,11 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from export.errors import ExportError
-from export.folders import written_whole
 from export.network import WIDTHS, MstGan
+from export.paths import atomic_write
 
 FOLDER = Path(__file__).parent / "checkpoints"
 DEFAULT = FOLDER / "mst_gan_pruned.safetensors"
+
+RENAMED = {"full": "stem", "join": "fuse", "detail": "body", "tail": "head"}
+"""Parts of the generator that had other names in files of release 0.1, which are still read: old -> new."""
 
 
 def save_checkpoint(network: MstGan, path: Path, metadata: Mapping[str, str]) -> None:
@@ -23,7 +26,7 @@ def save_checkpoint(network: MstGan, path: Path, metadata: Mapping[str, str]) ->
         OSError, SafetensorError: it cannot be written; half a file does not stay.
     """
     state = {name: value.detach().half().contiguous().cpu() for name, value in network.state_dict().items()}
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(state, partial, {"widths": network.widths.name, **metadata})
 
 
@@ -31,14 +34,15 @@ def load_checkpoint(path: Path) -> MstGan:
     """Read a checkpoint into an FP32 network in evaluation mode.
 
     Raises:
-        ExportError: no such file, not safetensors, unknown widths, or keys and shapes that do not fit them.
+        ExportError: no such file, not safetensors, unknown widths, keys and shapes that do not fit them, or
+            weights that are not finite numbers.
     """
     if not path.is_file():
         raise ExportError(f"expected a checkpoint at {path}, found no file; pass --checkpoint, or train one")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+            state = {_current_name(name): file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as err:
         raise ExportError(f"expected {path} to be a safetensors file, found something else ({err})") from err
     widths = metadata.get("widths", "")
@@ -56,5 +60,18 @@ def load_checkpoint(path: Path) -> MstGan:
                 f"{path}: expected {name} with shape {expected.get(name, 'none: no such key')}, "
                 f"found {found.get(name, 'no such key')}; is it a checkpoint of the {widths!r} widths?"
             )
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ExportError(
+                f"{path}: expected finite weights, found others in {name}; the training run that wrote "
+                "it has failed: pass an older checkpoint of it"
+            )
     network.load_state_dict(state)
     return network.eval().requires_grad_(False)
+
+
+def _current_name(name: str) -> str:
+    """The name that a tensor of a checkpoint has today."""
+    module, _, rest = name.partition(".")
+    part, dot, end = rest.partition(".")
+    return f"{module}.{RENAMED.get(part, part)}{dot}{end}" if module == "generator" else name

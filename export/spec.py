@@ -12,7 +12,7 @@ from dataclasses import dataclass
 Size = tuple[int, int]  # (height, width)
 
 SCALE = 4  # hr side / lr side
-WINDOW = 3  # consecutive lr frames of one request; odd, the centre frame is the one upscaled
+WINDOW = 3  # consecutive lr frames of one request; odd, the center frame is the one upscaled
 CHANNELS = 3  # RGB
 MULTIPLE_OF = 4  # both lr sides; the flow lives at 1/4 resolution, deeper levels round up on their own
 BATCHES = (1, 4, 4)  # windows per execution: min, opt, max of a plan's profile
@@ -55,10 +55,10 @@ LR_WINDOW = TensorSpec("lr_window", "UINT8", (WINDOW, -1, -1, CHANNELS))
 FLOW = TensorSpec("flow", "FP32", (2 * (WINDOW - 1), -1, -1), stride=FLOW_STRIDE)
 """Displacement in pixels of its own resolution: t->t-1 (x, y), then t->t+1 (x, y)."""
 
-PHASES = SCALE**2  # places within a pixel of the centre frame where a neighbour's sample may lie
+PHASES = SCALE**2  # places within a pixel of the center frame where a neighbor's sample may lie
 ALIGNED = TensorSpec("aligned", "UINT8", (CHANNELS + (WINDOW - 1) * (1 + PHASES), -1, -1))
-"""t, RGB; t-1 and t+1 warped to t, grey; 0..255. Then what t-1, and what t+1, adds to each sub-pixel of t,
-``NEUTRAL`` = nothing, see ``network.flow_align.innovation``."""
+"""t, RGB; t-1 and t+1 warped to t, gray; 0..255. Then the neighbor residuals of t-1 and of t+1,
+``NEUTRAL`` = 0, see ``network.align.neighbor_residual``."""
 
 NEUTRAL = 128  # of 0..255: the byte that stands for zero where a tensor holds signed values
 

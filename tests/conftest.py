@@ -14,9 +14,13 @@ from tiny_network import LIGHT, TINY, run_build, shake
 from toy_models import add_batch_witness, build_toy_models
 
 from deploy.embedded.server import TritonServer
-from export import parity, repository
+from export import repository
 from export.checkpoint import save_checkpoint
+from export.data import sample
 from export.network import WIDTHS, MstGan
+from export.verify import compare
+
+torch.set_num_threads(1)  # on frames this small a second thread costs more than it gains
 
 pytest_plugins = ["leftovers"]
 
@@ -71,7 +75,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     save_checkpoint(shake(MstGan(TINY)), path, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WIDTHS, TINY.name, TINY)
-        patch.setattr(parity, "CASES", ((4, (20, 36)), (1, (36, 20))))
+        patch.setattr(compare, "CASES", ((4, (20, 36)), (1, (36, 20))))
+        patch.setattr(compare, "SPOTS", compare.SPOTS[:1])  # each takes seconds, and these weights are random
+        patch.setattr(sample, "CALIBRATION_CLIPS", (sample.CLIP,))
         patch.delenv("VSR_DEBUG", raising=False)
         yield path
 

@@ -14,16 +14,16 @@ TINY = PyramidWidths(
     name="tiny",
     encoder_inner=(8, 8, 8, 8),
     context_inner=8,
-    detail_inner=(8,),
+    body_inner=(8,),
     up=8,
     encoder_outer=(16, 16, 16, 16),
     encoder_depths=(1, 1, 1, 1),
     laterals=(16, 16, 16, 16),
-    detail=16,
+    body=16,
     context_blocks=1,
 )
 
-LIGHT = Widths(name="light", detail=16, detail_inner=(8,))
+LIGHT = Widths(name="light", body=16, body_inner=(8,))
 
 
 def random_window(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

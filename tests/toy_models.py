@@ -171,13 +171,13 @@ def _flow_align() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
 
 
 def _generator() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
-    """Centre frame repeated to subpixels, plus detail from the rest.
+    """Center frame repeated to subpixels, plus detail from the rest.
 
     Sides that are no multiple of the flow's stride fail at the Concat, as they may in the real network.
     """
     rng = np.random.default_rng(0)
     constants = {
-        "centre": np.array(spec.WINDOW // 2),
+        "center": np.array(spec.WINDOW // 2),
         "white": np.array(255, np.float32),
         "repeat": np.repeat(np.eye(spec.CHANNELS, dtype=np.float32), BLOCK, axis=0)[:, :, None, None],
         "stride": np.array([1, 1, spec.FLOW_STRIDE, spec.FLOW_STRIDE], np.float32),
@@ -186,7 +186,7 @@ def _generator() -> tuple[list[onnx.NodeProto], dict[str, Array]]:
         "one": np.array(1, np.float32),
     }
     nodes = [
-        helper.make_node("Gather", ["lr_window", "centre"], ["frame"], axis=1),
+        helper.make_node("Gather", ["lr_window", "center"], ["frame"], axis=1),
         helper.make_node("Cast", ["frame"], ["levels"], to=TensorProto.FLOAT),
         helper.make_node("Div", ["levels", "white"], ["scaled"]),
         helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),

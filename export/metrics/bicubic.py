@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from export.network.bicubic import BicubicSubpixels
-from export.network.frames import grey_levels
-from export.network.pixel_shuffle import PixelShuffle
+from export.network.frames import to_uint8
+from export.network.layers import BicubicSubpixels, PixelShuffle
 from export.spec import CHANNELS, SCALE, WINDOW
 
 
@@ -20,4 +19,4 @@ def bicubic(lr_window: Tensor) -> Tensor:
         (N, 4H, 4W, 3) uint8 RGB.
     """
     center = lr_window[:, WINDOW // 2].permute(0, 3, 1, 2).float() / 255
-    return PixelShuffle()(grey_levels(BicubicSubpixels(CHANNELS, SCALE).to(center.device)(center)))
+    return PixelShuffle()(to_uint8(BicubicSubpixels(CHANNELS, SCALE).to(center.device)(center)))

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.network.flow_align import FlowAlign
+from export.network.align import FlowAlign
 from export.network.generator import Generator
-from export.network.pixel_shuffle import PixelShuffle
+from export.network.layers import PixelShuffle
 from export.network.pyramid import PyramidGenerator
 from export.network.widths import BASELINE, COMPACT, PRUNED, STUDENT, WIDTHS, PyramidWidths, Widths
 

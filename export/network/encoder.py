@@ -1,4 +1,4 @@
-"""A ResNet-50 without normalisation: the generator's multi-scale encoder."""
+"""A ResNet-50 without normalization: the generator's multi-scale encoder."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _layer(c_in: int, inner: int, c_out: int, depth: int, stride: int) -> nn.Seq
 
 
 class Encoder(nn.Module):
-    """Features of single frames at 1/4 and 1/8, and context of the centre frame at 1/16 and 1/32.
+    """Features of single frames at 1/4 and 1/8, and context of the center frame at 1/16 and 1/32.
 
     Siamese over frames and run on unwarped ones, so that a stream could encode each frame once. The deep
-    half runs on the centre frame only: semantic context needs no alignment.
+    half runs on the center frame only: semantic context needs no alignment.
     """
 
     def __init__(self, widths: PyramidWidths) -> None:

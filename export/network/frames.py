@@ -1,4 +1,4 @@
-"""Between the uint8 images of the boundary and the float ones that the network computes on."""
+"""Conversion between the uint8 images of the boundary and float images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def frames_from_window(lr_window: Tensor) -> Tensor:
     return lr_window.permute(0, 1, 4, 2, 3).float() / 255
 
 
-def grey_levels(image: Tensor) -> Tensor:
+def to_uint8(image: Tensor) -> Tensor:
     """Clamp and round: floating point, nominally 0..1 -> uint8, 0..255, of the same shape."""
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Stage 2, the generator: window, flow and aligned frames in, the hr frame's sub-pixels out."""
+"""The second stage: the generator of the hr frame's sub-pixels."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.network.bicubic import BicubicSubpixels
-from export.network.frames import frames_from_window, grey_levels
-from export.network.layers import ResidualBlock, conv3x3, zeroed
+from export.network.frames import frames_from_window, to_uint8
+from export.network.layers import BicubicSubpixels, ResidualBlock, conv3x3, zeroed
 from export.network.widths import Widths
 from export.spec import ALIGNED, CHANNELS, NEUTRAL, SCALE
 
 
 class Features(NamedTuple):
-    """What a generator knows before its last convolution, and where its pyramid ends, if it has one."""
+    """Features before the last convolution, and at the end of the pyramid, if there is one."""
 
-    detail: Tensor
+    body: Tensor
     """(N, C, H, W)"""
     context: Tensor | None = None
     """(N, C, H/4, W/4)"""
@@ -27,13 +26,13 @@ class Generator(nn.Module):
     """Detail enhancement at full resolution: all of a light network, and the end of the papers'."""
 
     def __init__(self, widths: Widths, sources: int = 1) -> None:
-        """``sources`` of ``widths.detail`` channels each are joined; the first is what ``local`` gives."""
+        """``sources`` of ``widths.body`` channels each are fused; the first comes from ``local``."""
         super().__init__()
-        detail = widths.detail
-        self.full = conv3x3(ALIGNED.dims[0], detail)
-        self.join = nn.Conv2d(sources * detail, detail, 1)
-        self.detail = nn.Sequential(*(ResidualBlock(detail, inner) for inner in widths.detail_inner))
-        self.tail = zeroed(conv3x3(detail, CHANNELS * SCALE**2))  # untrained: bicubic
+        body = widths.body
+        self.stem = conv3x3(ALIGNED.dims[0], body)
+        self.fuse = nn.Conv2d(sources * body, body, 1)
+        self.body = nn.Sequential(*(ResidualBlock(body, inner) for inner in widths.body_inner))
+        self.head = zeroed(conv3x3(body, CHANNELS * SCALE**2))  # untrained: bicubic
         self.skip = BicubicSubpixels(CHANNELS, SCALE)
 
     def forward(self, lr_window: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class Generator(nn.Module):
         Returns:
             (N, 48, H, W) uint8: sub-pixels, see ``spec.SUBPIXELS``.
         """
-        return grey_levels(self.generate(frames_from_window(lr_window), flow, aligned.float() / 255))
+        return to_uint8(self.generate(frames_from_window(lr_window), flow, aligned.float() / 255))
 
     def generate(self, frames: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
         """As ``forward``, from (N, 3, 3, H, W) float32 frames and (N, 37, H, W) ``aligned``, both 0..1.
@@ -62,15 +61,15 @@ class Generator(nn.Module):
         return Features(self.enhance(self.local(aligned)))
 
     def local(self, aligned: Tensor) -> Tensor:
-        """(N, 37, H, W) ``aligned``, 0..1 -> (N, detail, H, W)."""
-        # Around zero, or what the neighbours add would drown in a constant.
-        return F.relu(self.full(aligned - NEUTRAL / 255))
+        """(N, 37, H, W) ``aligned``, 0..1 -> (N, body, H, W)."""
+        # Around zero, or the neighbors' small differences would be lost beside a constant.
+        return F.relu(self.stem(aligned - NEUTRAL / 255))
 
     def enhance(self, sources: Tensor) -> Tensor:
-        """Detail enhancement of (N, sources * detail, H, W) -> (N, detail, H, W)."""
-        detail: Tensor = self.detail(F.relu(self.join(sources)))
-        return detail
+        """Detail enhancement of (N, sources * body, H, W) -> (N, body, H, W)."""
+        features: Tensor = self.body(F.relu(self.fuse(sources)))
+        return features
 
     def finish(self, features: Features, frames: Tensor) -> Tensor:
         """Sub-pixels (N, 48, H, W) from the features of (N, 3, 3, H, W) frames, 0..1; not clamped."""
-        return self.tail(features.detail) + self.skip(frames[:, 1])
+        return self.head(features.body) + self.skip(frames[:, 1])

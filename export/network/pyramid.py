@@ -1,4 +1,4 @@
-"""The papers' generator: what the detail enhancement knows of the frames' surroundings, from a pyramid."""
+"""The papers' generator: detail enhancement with context from a ResNet-50 pyramid."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.network.encoder import Encoder
+from export.network.flow import backward_warp
 from export.network.generator import Features, Generator
 from export.network.layers import ResidualBlock, conv3x3
-from export.network.warp import backward_warp
 from export.network.widths import PyramidWidths
 from export.spec import WINDOW
 
 
 class Fuse(nn.Module):
-    """Multi-scale feature alignment at one scale: warps the neighbours' features and merges all frames'."""
+    """Multi-scale feature alignment at one scale: warps the neighbors' features and merges all frames'."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class Fuse(nn.Module):
         n, _, h, w = flow.shape
         c = features.shape[1]
         frames = features.reshape(n, WINDOW, c, h, w)
-        neighbours = frames[:, ::2].reshape(2 * n, c, h, w)
-        warped = backward_warp(neighbours, flow.reshape(2 * n, 2, h, w)).reshape(n, 2 * c, h, w)
+        neighbors = frames[:, ::2].reshape(2 * n, c, h, w)
+        warped = backward_warp(neighbors, flow.reshape(2 * n, 2, h, w)).reshape(n, 2 * c, h, w)
         return F.relu(self.merge(torch.cat((warped, frames[:, 1]), dim=1)))
 
 
@@ -73,7 +73,7 @@ class PyramidGenerator(Generator):
             *(ResidualBlock(c4, widths.context_inner) for _ in range(widths.context_blocks))
         )
         self.up2 = conv3x3(c4, 4 * widths.up)
-        self.up1 = conv3x3(widths.up, 4 * widths.detail)
+        self.up1 = conv3x3(widths.up, 4 * widths.body)
 
     def features(self, frames: Tensor, flow: Tensor, aligned: Tensor) -> Features:
         """All but the last convolution; arguments as for ``generate``."""
@@ -86,8 +86,8 @@ class PyramidGenerator(Generator):
         """Features of the window at a quarter of the resolution, (N, c4, H/4, W/4)."""
         n, t, c, h, w = frames.shape
         quarter, eighth = self.encoder.shallow(frames.reshape(n * t, c, h, w))
-        centre8 = eighth.reshape(n, t, *eighth.shape[1:])[:, 1]
-        sixteenth, deepest = self.encoder.deep(centre8)
+        center8 = eighth.reshape(n, t, *eighth.shape[1:])[:, 1]
+        sixteenth, deepest = self.encoder.deep(center8)
 
         level16 = self.to16(self.lateral32(deepest), self.lateral16(sixteenth))
         # Strided features sit on every second pixel, from the first: so does their flow.

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 class Widths:
     """What every network has; with these alone it is a light one.
 
-    Widths are multiples of 16, the granule of FP16 tensor cores.
+    Widths are multiples of 16, the multiple that suits FP16 tensor cores.
     """
 
     name: str
-    detail: int = 48
-    """Trunk channels at full resolution."""
-    detail_inner: tuple[int, ...]
+    body: int = 48
+    """Channels at full resolution."""
+    body_inner: tuple[int, ...]
     """Inner channels of the residual blocks at full resolution, one number for each."""
 
 
@@ -46,7 +46,7 @@ BASELINE = PyramidWidths(
     name="baseline",
     encoder_inner=(32, 64, 256, 592),
     context_inner=96,
-    detail_inner=(64, 64, 64, 64, 64, 64),
+    body_inner=(64, 64, 64, 64, 64, 64),
     up=32,
 )
 
@@ -54,20 +54,20 @@ PRUNED = PyramidWidths(
     name="pruned",
     encoder_inner=(16, 16, 48, 480),
     context_inner=16,
-    detail_inner=(32, 32, 32, 32, 48, 48),  # the last two do most, and keep most
+    body_inner=(32, 32, 32, 32, 48, 48),  # the last two do most, and keep most
     up=16,
 )
 
-COMPACT = Widths(name="compact", detail_inner=(32, 32, 32, 32))
+COMPACT = Widths(name="compact", body_inner=(32, 32, 32, 32))
 """Half the pruned network's work: four residual blocks as its narrower ones, without the pyramid."""
 
-STUDENT = Widths(name="student", detail=32, detail_inner=(32, 32, 32))
+STUDENT = Widths(name="student", body=32, body_inner=(32, 32, 32))
 """A quarter of the pruned network's work: a network of its own, shallow, that learns from the pruned one."""
 
 
 def trunk(widths: PyramidWidths) -> Widths:
     """What is trained first, in half the time: the detail enhancement alone, as a light network."""
-    return Widths(name=f"{widths.name}_trunk", detail=widths.detail, detail_inner=widths.detail_inner)
+    return Widths(name=f"{widths.name}_trunk", body=widths.body, body_inner=widths.body_inner)
 
 
 WIDTHS = {

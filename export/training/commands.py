@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from export.errors import ExportError
-from export.folders import BUILD
+from export.paths import BUILD
 from export.training.config import (
     ADVERSARIAL,
     FIELDS,

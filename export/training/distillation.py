@@ -101,4 +101,4 @@ class Distillation(nn.Module):
 
 def _channels(widths: Widths) -> tuple[int, ...]:
     """Of ``Features``, in their order."""
-    return (widths.detail, widths.laterals[0]) if isinstance(widths, PyramidWidths) else (widths.detail,)
+    return (widths.body, widths.laterals[0]) if isinstance(widths, PyramidWidths) else (widths.body,)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from export.errors import ExportError
-from export.folders import BUILD
+from export.paths import BUILD
 
 if TYPE_CHECKING:
     from export.metrics.psnr_ssim import Channels

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from export.network.bicubic import BicubicSubpixels
+from export.network.layers import BicubicSubpixels
 from export.spec import CHANNELS, SCALE
 from export.training.config import Config
 from export.training.device import to_channels_last

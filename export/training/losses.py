@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.network.lucas_kanade import luma
-from export.network.warp import backward_warp
+from export.network.flow import backward_warp, grayscale
 from export.spec import CHANNELS, FLOW_STRIDE, SCALE
 
 EPSILON = 1e-3  # Charbonnier's rounding of L1 at zero, in units of the image range
@@ -30,7 +29,7 @@ def charbonnier_mse(a: Tensor, b: Tensor) -> Tensor:
 
 def charbonnier_luma(a: Tensor, b: Tensor) -> Tensor:
     """Charbonnier loss plus the squared error of the luma, the Y of PSNR-Y; of (N, 48, h, w) sub-pixels."""
-    error = luma((a - b).unflatten(1, (CHANNELS, SCALE**2)).transpose(1, 2))
+    error = grayscale((a - b).unflatten(1, (CHANNELS, SCALE**2)).transpose(1, 2))
     return charbonnier(a, b) + LUMA_WEIGHT * error.square().mean()
 
 
@@ -53,7 +52,7 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
 
     Args:
         errors: (N, K, 3, H, W), answers less truth of K consecutive hr frames.
-        flow: (2NK, 2, H/8, W/8), of the ``Estimate`` for their windows; used, not trained.
+        flow: (2NK, 2, H/8, W/8), half flow of their windows, see ``FlowAlign.align``; used, not trained.
         aligned: (NK, 37, H/4, W/4) float32, 0..1, see ``spec.ALIGNED``.
     """
     n, k, _, h, w = errors.shape
@@ -63,7 +62,7 @@ def temporal_loss(errors: Tensor, flow: Tensor, aligned: Tensor) -> Tensor:
     to_next = unit * F.interpolate(to_next, scale_factor=float(unit), mode="bilinear", align_corners=False)
     frames = aligned.detach().unflatten(0, (n, k))[:, :-1].flatten(0, 1)
     center, _, warped = frames[:, : CHANNELS + 2].split((CHANNELS, 1, 1), dim=1)
-    misfit = (warped - luma(center)).abs()
+    misfit = (warped - grayscale(center)).abs()
     fits = F.avg_pool2d(misfit, 3, stride=1, padding=1, count_include_pad=False) < MISALIGNED
     mask = F.interpolate(fits.float(), size=(h, w), mode="nearest")
     moved = backward_warp(errors[:, 1:].flatten(0, 1), to_next)

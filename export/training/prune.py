@@ -37,8 +37,8 @@ from torch import Tensor
 from export.checkpoint import save_checkpoint
 from export.data.clips import Clip
 from export.errors import ExportError
-from export.folders import written_whole
 from export.network import MstGan, Widths, count
+from export.paths import atomic_write
 from export.training.config import Config
 from export.training.evaluate import evaluate_segments, mean
 from export.training.trainer import Trainer
@@ -66,7 +66,7 @@ _BOTTLENECK = r"(generator\.encoder\.layer\d+\.\d+)"
 LINKS = (
     Link(_BOTTLENECK + r"\.reduce", r"\1.spatial"),
     Link(_BOTTLENECK + r"\.spatial", r"\1.expand"),
-    Link(r"(generator\.(?:context|detail)\.\d+)\.conv1", r"\1.conv2"),
+    Link(r"(generator\.(?:context|body)\.\d+)\.conv1", r"\1.conv2"),
     Link(r"(generator)\.up2", r"\1.up1", rows=4),
 )
 
@@ -233,7 +233,7 @@ class SparseTrainer(Trainer):
         """As ``Trainer.save``, then the importance; one that is a few steps older does no harm."""
         super().save()
         try:
-            with written_whole(self.out / IMPORTANCE_FILE) as partial:
+            with atomic_write(self.out / IMPORTANCE_FILE) as partial:
                 save_file(self.importance, partial)
         except (OSError, SafetensorError) as err:
             raise ExportError(

@@ -22,8 +22,8 @@ from export.data.clips import Clip
 from export.data.degradations import bi
 from export.data.windows import WindowSampler, batches_from, windowed
 from export.errors import ExportError
-from export.folders import written_whole
 from export.network import WIDTHS, MstGan
+from export.paths import atomic_write
 from export.spec import CHANNELS, SCALE, WINDOW
 from export.training.best_checkpoint import BestCheckpoint, validation_crops
 from export.training.config import Config
@@ -185,7 +185,7 @@ class Trainer:
         if self.adversarial and self.best:
             state |= {"adversarial": self.adversarial.state_dict(), "best": self.best.state_dict()}
         with self._guard():
-            with written_whole(self.out / STATE_FILE) as partial:
+            with atomic_write(self.out / STATE_FILE) as partial:
                 torch.save(state, partial)
             self._save_average(self.out / EMA_FILE)
 
@@ -229,7 +229,7 @@ class Trainer:
         n, length, _, h, w = hr_windows.shape
         frames = windowed(bi(hr_windows))
         # In FP32: bf16 is too coarse for motion.
-        flow, aligned, estimate = self.align(frames)
+        flow, aligned, half_flow = self.align(frames)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=o.bf16):
             features = self.features(frames, flow, aligned)
             answer = self.network.generator.finish(features, frames).float()
@@ -246,7 +246,7 @@ class Trainer:
             return total, parts
         answers = F.pixel_shuffle(answer, SCALE).reshape(n, length - WINDOW + 1, CHANNELS, h, w)
         if o.temporal_weight > 0:
-            temporal = temporal_loss(answers - truth, estimate.flow, aligned)
+            temporal = temporal_loss(answers - truth, half_flow, aligned)
             total = total + o.temporal_weight * temporal
             parts["temporal"] = temporal.detach()
         if self.adversarial:

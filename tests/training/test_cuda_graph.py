@@ -88,7 +88,7 @@ def test_a_loss_that_is_no_number_stops_at_the_next_row_and_nothing_is_saved(
     clips: list[Clip], photos: list[Clip], tmp_path: Path
 ) -> None:
     run = as_on_a_gpu(Trainer(config(), clips, photos, clips, tmp_path / "run"))
-    run.network.generator.tail.bias.data.fill_(torch.nan)
+    run.network.generator.head.bias.data.fill_(torch.nan)
     with pytest.raises(ExportError, match="expected a finite loss, found nan at step 3"):
         run.run()
     assert not (tmp_path / "run" / "state.pt").exists()
@@ -97,7 +97,7 @@ def test_a_loss_that_is_no_number_stops_at_the_next_row_and_nothing_is_saved(
 @pytest.mark.usefixtures("eager")
 def test_nor_where_time_ends_between_two_rows(clips: list[Clip], photos: list[Clip], tmp_path: Path) -> None:
     run = as_on_a_gpu(Trainer(config(steps=2), clips, photos, clips, tmp_path / "run"))
-    run.network.generator.tail.bias.data.fill_(torch.nan)
+    run.network.generator.head.bias.data.fill_(torch.nan)
     run._validate = lambda: {}  # type: ignore[method-assign]
     with pytest.raises(ExportError, match="expected a finite sum of weights, found nan at step 2"):
         run.run()

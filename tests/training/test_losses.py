@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export.network import lucas_kanade
+from export.network.flow import grayscale
 from export.training import config
 from export.training.losses import (
     LUMA_WEIGHT,
@@ -30,7 +30,7 @@ def test_temporal_loss_sees_flicker_and_not_motion() -> None:
     flow = torch.zeros(2 * n * k, 2, h // 8, w // 8)  # to t-1, to t+1 for each of three windows
     flow[0::2, 0], flow[1::2, 0] = 1, -1  # of 8 hr pixels
     lr = torch.rand(n * k, 3, h // 4, w // 4)
-    grey = lucas_kanade.luma(lr)
+    grey = grayscale(lr)
     aligned = torch.cat((lr, grey, grey), 1)
     error = torch.randn(wide.shape, generator=torch.Generator().manual_seed(1))
     still = error[:, None, :, :, :w].expand(n, k, -1, -1, -1)

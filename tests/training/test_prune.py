@@ -27,7 +27,7 @@ from export.training.trainer import Trainer
 
 WIDE = replace(
     TINY, name="wide", encoder_inner=(12, 16, 20, 24),
-    context_inner=16, detail_inner=(12,), up=16,
+    context_inner=16, body_inner=(12,), up=16,
 )  # fmt: skip
 PLANTED = 5
 
@@ -229,7 +229,7 @@ def test_layers_without_importance_are_named(wide: MstGan, caplog: pytest.LogCap
 
 @pytest.mark.parametrize(
     ("wide_widths", "narrow_widths"),
-    [(PRUNED, PRUNED), (PRUNED, BASELINE), (WIDE, PRUNED), (WIDE, replace(TINY, detail=8)),
+    [(PRUNED, PRUNED), (PRUNED, BASELINE), (WIDE, PRUNED), (WIDE, replace(TINY, body=8)),
      (WIDE, replace(TINY, up=32)), (WIDE, replace(TINY, context_blocks=2))],
 )  # fmt: skip
 def test_other_widths_are_refused(wide_widths: object, narrow_widths: object) -> None:

@@ -46,9 +46,9 @@ def config(**changes: object) -> Config:
     "widths",
     [
         LIGHT,
-        replace(LIGHT, detail_inner=(16, 8, 8)),
-        replace(TINY, detail_inner=(16,)),
-        replace(TINY, detail=24, detail_inner=(16, 16)),
+        replace(LIGHT, body_inner=(16, 8, 8)),
+        replace(TINY, body_inner=(16,)),
+        replace(TINY, body=24, body_inner=(16, 16)),
     ],
 )
 def test_a_grown_network_answers_as_before(widths: Widths) -> None:
@@ -65,9 +65,9 @@ def test_a_grown_network_answers_as_before(widths: Widths) -> None:
 
 def test_a_grown_network_trains_what_is_new(clip: Clip, tmp_path: Path) -> None:
     trainer = Trainer(config(), [clip], [], [clip], tmp_path / "run", shake(MstGan(LIGHT)))
-    assert not trainer.network.generator.join.weight[:, LIGHT.detail :].any()
+    assert not trainer.network.generator.fuse.weight[:, LIGHT.body :].any()
     trainer.train_step(trainer.sampler.batch(0, 2))
-    assert trainer.network.generator.join.weight[:, LIGHT.detail :].any()
+    assert trainer.network.generator.fuse.weight[:, LIGHT.body :].any()
 
 
 def test_a_network_does_not_shrink() -> None:
@@ -101,7 +101,7 @@ def test_the_distance_to_the_teacher_is_weighted(clip: Clip, teacher: MstGan, tm
 def test_features_are_compared_through_adapters(
     clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slim = replace(TINY, name="slim", laterals=(8, 8, 8, 8), detail=8)
+    slim = replace(TINY, name="slim", laterals=(8, 8, 8, 8), body=8)
     monkeypatch.setitem(WIDTHS, slim.name, slim)
     o = config(steps=1000, widths=slim.name, lr=2e-3, teacher_weight=3.0, feature_weight=1.0)
     trainer = Trainer(o, [clip], [], [clip], tmp_path / "run", None, teacher)
@@ -181,7 +181,7 @@ def test_full_disk_keeps_what_was_saved(clip: Clip, tmp_path: Path, monkeypatch:
 def test_run_with_a_teacher_does_not_go_on_without(
     clip: Clip, teacher: MstGan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slim = replace(TINY, name="slim", detail=8)
+    slim = replace(TINY, name="slim", body=8)
     monkeypatch.setitem(WIDTHS, slim.name, slim)
     o = config(widths=slim.name)
     Trainer(o, [clip], [], [clip], tmp_path, None, teacher).save()

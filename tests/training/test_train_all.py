@@ -26,7 +26,7 @@ from export.training.perceptual import DistilledVgg
 from export.training.train_all import RESERVE, read_stages
 from export.training.trainer import Trainer
 
-WIDE = replace(TINY, name="baseline", detail_inner=(16,), context_inner=16)
+WIDE = replace(TINY, name="baseline", body_inner=(16,), context_inner=16)
 STEPS = 2
 STAGES = read_stages(read_recipe("all"), {}, "all")
 
@@ -35,10 +35,10 @@ STAGES = read_stages(read_recipe("all"), {}, "all")
 def tiny_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VSR_DEBUG", raising=False)
     for name, widths in (
-        ("baseline_trunk", replace(LIGHT, detail_inner=(16,))),
+        ("baseline_trunk", replace(LIGHT, body_inner=(16,))),
         ("pruned", TINY),
         ("compact", LIGHT),
-        ("student", replace(LIGHT, detail_inner=(8, 8))),
+        ("student", replace(LIGHT, body_inner=(8, 8))),
     ):
         monkeypatch.setitem(WIDTHS, name, replace(widths, name=name))
     monkeypatch.setitem(WIDTHS, WIDE.name, WIDE)

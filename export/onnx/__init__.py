@@ -1,0 +1,1 @@
+"""From PyTorch to ONNX files, and from these to those of each target."""

@@ -1,0 +1,1 @@
+"""Comparing what was exported with what it was exported from."""
