@@ -72,7 +72,7 @@ def _depth_to_space(graph: onnx.GraphProto) -> None:
             new = old.reshape(-1, SHUFFLE**2, *old.shape[1:]).swapaxes(0, 1).reshape(old.shape)
             if readers[name] == 1:
                 graph.initializer.remove(weights[name])
-            conv.input[index] = f"{name}.woven"
+            conv.input[index] = f"{name}.reordered"
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(new), conv.input[index]))
         channels = old.shape[0] // SHUFFLE**2
         _call(node, "DepthToSpace", taller=[0, 0, -1, SHUFFLE * channels], wider=[0, 0, -1, channels])

@@ -148,14 +148,14 @@ _BETWEEN, _NEAREST = _PLACES.format(round="Floor"), _PLACES.format(round="Round"
 # bytes.
 _DEPTH_TO_SPACE = f"""
 <domain: "{DOMAIN}", opset_import: ["": 18]>
-DepthToSpace <taller, wider> (packed) => (woven) {{
+DepthToSpace <taller, wider> (packed) => (shuffled) {{
     columns = Transpose <perm = [0, 3, 2, 1]> (packed)
     taller_shape = Constant <value_ints: ints = @taller> ()
     rows_split = Reshape (columns, taller_shape)
     rows = Transpose <perm = [0, 2, 1, 3]> (rows_split)
     wider_shape = Constant <value_ints: ints = @wider> ()
     pixels = Reshape (rows, wider_shape)
-    woven = Transpose <perm = [0, 3, 1, 2]> (pixels)
+    shuffled = Transpose <perm = [0, 3, 1, 2]> (pixels)
 }}
 """
 
