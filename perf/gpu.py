@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from export.plan_gate import Tensors, run_plan
 from torch import Tensor
 
 from export import spec
 from export.tensorrt.plan import LIBRARIES
+from export.tensorrt.runner import Tensors, run_plan
 from perf.clips import Size, read_frames, windows
 from perf.machine import ROOT
 from perf.network import Layer
