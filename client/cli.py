@@ -36,10 +36,11 @@ from .serving.security import Security
 from .serving.session import Session
 from .serving.transports import AUTO, TRANSPORTS
 from .stages import reason_of, stage
-from .video.decode import Range, Video
+from .video.decode import Video
 from .video.deinterlace import DEINTERLACE, OFF
 from .video.encode import CODECS, DEFAULT_CODEC, encoding_from_options
 from .video.images import writes_images
+from .video.picture import Range
 from .video.source import PIPE, Source
 from .video.streams import Selection
 from .video.tracks import AUDIO_CODECS

@@ -17,9 +17,10 @@ from .serving.session import Session
 from .serving.transports import AUTO
 from .stages import reading, stage
 from .upscaler import Layout, hr_from_windows
-from .video.decode import Frame, Picture, Range, Video
+from .video.decode import Video
 from .video.deinterlace import OFF
 from .video.encode import Encoding
+from .video.picture import Frame, Picture, Range
 from .video.streams import EVERY_STREAM, Selection
 
 LARGEST_ASPECT_TERM = 255  # of a pixel's width and height; all encoders can write it

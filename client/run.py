@@ -23,10 +23,11 @@ from .resume import ResumeState
 from .serving.contract import Contract
 from .serving.session import Session
 from .stages import reading, stage
-from .video.decode import Picture, Range, Video
+from .video.decode import Video
 from .video.encode import PNG, Encoding, write_segment, write_y4m
 from .video.images import Images, writes_images
 from .video.mux import Muxer
+from .video.picture import Picture, Range
 from .video.source import PIPE, Source
 from .video.times import Times
 

@@ -24,7 +24,7 @@ from .serving.security import Security
 from .serving.server import NO_SECURITY
 from .serving.session import Session
 from .serving.transports import AUTO
-from .video.decode import Frame
+from .video.picture import Frame
 
 
 @dataclass(frozen=True)

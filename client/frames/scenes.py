@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..video.decode import Frame
+from ..video.picture import Frame
 from .windows import Image
 
 THUMBNAIL_PX = 32  # shorter side: small enough that motion and grain hardly count, large enough for a cut

@@ -14,9 +14,10 @@ from av.video.reformatter import Interpolation
 from ..durable import atomic_write
 from ..errors import UpscaleError
 from ..frames.windows import Image, Size
-from ..video.decode import Picture, Range, Video
+from ..video.decode import Video
 from ..video.encode import PNG, encode, encoding_from_options
 from ..video.images import PNG_SUFFIX
+from ..video.picture import Picture, Range
 from ..video.source import Source
 from ..video.streams import count_frames
 

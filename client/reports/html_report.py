@@ -21,7 +21,8 @@ from ..frames.windows import Image, Size
 from ..pipeline import Options, Result, shapes_of
 from ..serving.contract import Contract
 from ..video.color import BT470BG, Color, frame_from_rgb
-from ..video.decode import Range, Video
+from ..video.decode import Video
+from ..video.picture import Range
 from ..video.source import Source
 from .compare import most_changed, resized, sample_numbers, upright
 from .scores import luma, psnr_db, ssim

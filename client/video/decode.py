@@ -7,7 +7,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from math import ceil, inf
@@ -17,13 +16,14 @@ import av
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
-from ..frames.windows import Image, Size
+from ..frames.windows import Image
 from ..record import NOTHING, Record
 from .boundary import guarded, media_errors
 from .clock import packets_of
 from .color import Color, color_of, rgb_from_frame
 from .deinterlace import OFF, progressive
 from .orientation import UPRIGHT, display_matrix, is_sideways, upright
+from .picture import Frame, Picture, Range
 from .seek import Seek, seek
 from .source import Source
 from .stills import tags_of
@@ -38,41 +38,6 @@ MOST_WITHOUT_TIME = 32  # frames at the beginning that are kept until one has a 
 STEPS_BACK = 2  # frames by which times step back where another recording begins
 DURATION_IS_END = ("asf",)  # containers whose streams are as long as until the end of the last
 ALPHA = ("alpha_mode", "1")  # Matroska's tag of VP8 and VP9, whose decoder leaves transparency out
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """One decoded frame."""
-
-    image: Image
-    """(H, W, 3) uint8 RGB, 0..255."""
-    pts: int
-    """Presentation time, in ``Picture.time_base``."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What all frames of a clip have in common."""
-
-    size: Size
-    rate: Fraction
-    """Frames per second; nominal where the frame rate varies."""
-    time_base: Fraction
-    """Seconds per tick of the timestamps."""
-    color: Color
-    sample_aspect_ratio: Fraction | None
-    display_matrix: tuple[int, ...] | None
-    """FFmpeg's nine integers that rotate and flip the picture on display."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """A part of a clip; times count from its first frame."""
-
-    start_s: Fraction = Fraction(0)
-    duration_s: Fraction | None = None
-    frames: int | None = None
-    """At most so many."""
 
 
 class Video:

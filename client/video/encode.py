@@ -20,7 +20,7 @@ from ..durable import rename
 from ..errors import UpscaleError
 from ..frames.windows import Image
 from .color import RGB, frame_from_rgb
-from .decode import Picture
+from .picture import Picture
 from .source import Y4M_FORMAT
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 prints a banner per encoder otherwise

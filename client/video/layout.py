@@ -16,9 +16,9 @@ from av.subtitles.stream import SubtitleStream
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
-from .decode import Picture
 from .encode import tag_stream
 from .matroska import ROOM
+from .picture import Picture
 from .source import Source
 from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import Span

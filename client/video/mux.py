@@ -20,9 +20,9 @@ from av.video.stream import VideoStream
 from ..errors import UpscaleError
 from ..stages import reason_of
 from .clock import MAY_REPEAT, packets_of
-from .decode import Picture
 from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix, writes_aspect
 from .matroska import set_aspect
+from .picture import Picture
 from .source import Source
 from .streams import (
     EVERY_STREAM,

@@ -14,8 +14,8 @@ from av.stream import Stream
 
 from ..errors import UpscaleError
 from .clock import packets_of
-from .decode import Picture
 from .layout import Forms, in_order
+from .picture import Picture
 from .source import Source
 from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import EVERYTHING, Span, Times

@@ -22,8 +22,8 @@ from mst_gan_client.serving.contract import contract_from_config
 from mst_gan_client.serving.identity import Identity
 from mst_gan_client.serving.session import Session
 from mst_gan_client.video.color import Color
-from mst_gan_client.video.decode import Frame, Picture, Range
 from mst_gan_client.video.encode import encoding_from_options
+from mst_gan_client.video.picture import Frame, Picture, Range
 
 MB = 1 << 20
 CONTRACT = contract_from_config(ensemble_config(), "here")

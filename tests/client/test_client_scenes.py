@@ -10,7 +10,8 @@ import pytest
 from client_fakes import FakeTriton, decoded, run_client, sum_of_window, write_clip
 
 from mst_gan_client.frames.scenes import CutDetector, thumbnail
-from mst_gan_client.video.decode import Frame, Range, Video
+from mst_gan_client.video.decode import Video
+from mst_gan_client.video.picture import Frame, Range
 from mst_gan_client.video.source import Source
 
 LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")

@@ -11,7 +11,8 @@ from client_fakes import FakeTriton, decoded, pictures, run_client, sum_of_windo
 
 import mst_gan_client.video.decode as decode
 from mst_gan_client.record import Record, checksum
-from mst_gan_client.video.decode import Range, Video
+from mst_gan_client.video.decode import Video
+from mst_gan_client.video.picture import Range
 from mst_gan_client.video.source import Source
 
 COUNT = 96
