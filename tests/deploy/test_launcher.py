@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,24 @@ def test_an_error_is_one_line_on_stderr_and_status_1() -> None:
     assert ended.returncode == 1
     assert ended.stderr == "tritonserver: expected a model repository at /none, found no such folder\n"
     assert ended.stdout == ""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.DEVNULL).returncode != 0,
+    reason="needs the right to mount (root)",
+)
+def test_a_shared_memory_that_is_nearly_full_is_said_in_one_line(toy_repository: Path) -> None:
+    script = 'mount -t tmpfs -o size=4m tmpfs /dev/shm; exec "$@"'
+    command = ["unshare", "--mount", "bash", "-c", script, "bash"]
+    ended = subprocess.run(
+        [*command, TRITONSERVER, f"--model-repository={toy_repository}"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+    assert ended.returncode == 1
+    assert re.fullmatch(
+        r"tritonserver: expected at least 7 MB free in /dev/shm .* found 4 MB: .*\n", ended.stderr
+    )
 
 
 def test_help_is_tritons_own() -> None:
