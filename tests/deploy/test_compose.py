@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc as grpcclient
-import yaml
 from toy_models import build_busy_repository
 from tritonclient.utils import InferenceServerException
 
@@ -24,6 +23,8 @@ NEWER_FLAGS = ("--allow-client-shm",)  # than the embedded server
 
 def service(name: str) -> dict[str, Any]:
     """A service as Compose resolves it with nothing set but the secret."""
+    import yaml
+
     text = COMPOSE.read_text()
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace(
         "${TRITON_ADMIN_KEY:?set it to a secret}", SECRET
