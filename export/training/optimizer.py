@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.training.config import Config
+
 MOMENTUM = 0.95
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # coefficients of Jordan's quintic
 ITERATIONS = 5
@@ -22,6 +24,20 @@ def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
     parameters = list(parameters)
     is_cuda = any(parameter.is_cuda for parameter in parameters)
     return torch.optim.Adam(parameters, lr=_rate(parameters, lr), betas=BETAS, fused=True, capturable=is_cuda)
+
+
+def scheduled_rate(config: Config, step: int, progress: float) -> float:
+    """Learning rate: warm-up, plateau, half cosine; the plateau lets a run be extended without a restart.
+
+    Args:
+        config: of the run.
+        step: from 0.
+        progress: of the run at that step, 0..1.
+    """
+    decay = max(0.0, (progress - (1 - config.decay_share)) / config.decay_share)
+    height = (1 + math.cos(math.pi * min(decay, 1.0))) / 2
+    rate = config.final_lr + (config.lr - config.final_lr) * height
+    return rate * min(1.0, (step + 1) / max(config.warmup, 1))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

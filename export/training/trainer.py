@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from export.training.gpu import CudaGraphUpdate, GpuFootage, offsets_from
 from export.training.grow import grow
 from export.training.interrupt import Interrupt, deferred_interrupt
 from export.training.losses import PIXEL_LOSSES, temporal_loss
-from export.training.optimizer import OPTIMIZERS, resume, set_rate
+from export.training.optimizer import OPTIMIZERS, resume, scheduled_rate, set_rate
 from export.training.perceptual import DistilledVgg
 from export.training.run_log import RunLog
 
@@ -213,11 +212,8 @@ class Trainer:
         return max(by_steps, self.spent_s / (60 * self.config.minutes))
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up, plateau, half cosine: the plateau lets a run be extended without a restart."""
-        o = self.config
-        decay = max(0.0, (self.progress(step) - (1 - o.decay_share)) / o.decay_share)
-        cosine = o.final_lr + (o.lr - o.final_lr) * (1 + math.cos(math.pi * min(decay, 1.0))) / 2
-        return cosine * min(1.0, (step + 1) / max(o.warmup, 1))
+        """Of the generator at ``step``, now."""
+        return scheduled_rate(self.config, step, self.progress(step))
 
     def loss(self, hr_windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its parts, detached; nothing here waits for the device.
@@ -261,8 +257,7 @@ class Trainer:
         """One update; raises ExportError when the loss stops being a number."""
         set_rate(self.optimizer, self.learning_rate(self.step))
         total, parts = self.loss(hr_windows)
-        # Here a step waits for the device. Not later: the backward pass of a warp by a flow that is not a
-        # number reads memory that is not its own.
+        # Before the backward pass: that of a warp by a flow of NaN reads memory out of bounds.
         self._require_finite(total)
         reported = {name: float(value) for name, value in parts.items()}
         self._update_weights(total)
@@ -333,9 +328,8 @@ class Trainer:
 
     def score(self) -> Score:
         """Scores of the averaged weights, the mean over the validation clips."""
-        score = mean(
-            evaluate_segments(self.ema, self.validation, self.config.validation_segments, self.metrics)
-        )
+        segments = self.config.validation_segments
+        score = mean(evaluate_segments(self.ema, self.validation, segments, self.metrics))
         log.info(
             "step %d: PSNR-Y %.3f dB, bicubic %.3f dB, gain %+.3f dB",
             self.step, score.network.psnr_db, score.bicubic.psnr_db, score.gain_db,
