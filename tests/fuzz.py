@@ -128,7 +128,7 @@ def fuzz(seed: int, count: int, folder: Path, keep: Path | None = None) -> Count
             output, ending = done.stdout, "CRASHED"
         except subprocess.TimeoutExpired as err:
             output, ending = (err.stdout or b"").decode(), "HUNG"
-        lines = output.splitlines()
+        lines = output.splitlines() or [f"{batch[0].name} "]
         for line in lines:
             how = line.split(" ", 2)[1] if " " in line.strip() else ending
             endings[how] += 1
@@ -136,7 +136,7 @@ def fuzz(seed: int, count: int, folder: Path, keep: Path | None = None) -> Count
                 print(line, how, flush=True)
                 if keep:
                     shutil.copy(folder / line.split(" ")[0], keep)
-        files = batch[max(1, len(lines)) :] + files  # what came after a crash
+        files = batch[len(lines) :] + files  # what came after a crash
     return endings
 
 
