@@ -115,6 +115,7 @@ class Run:
         is_images = writes_images(dst, source)
         options = replace(self._options, encoding=PNG) if is_images else self._options
         identity = identity_of(guard.identity, self._session.contract, options)
+        identity["picture"] = self._video.stream_index
         with (
             stage(f"cannot write {dst}"),
             ResumeState(dst, identity, self._session.weights(), options.restart) as part,

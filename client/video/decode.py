@@ -94,6 +94,8 @@ class Video:
         if first is None:
             raise UpscaleError(f"expected a video, found no frame in {self.path}: check that it plays")
         self._first = first
+        self.stream_index = self._stream.index
+        """Number of the stream with the picture."""
         self.is_dolby_vision = needs_dolby_vision(self._stream)
         """Whether its colors are those of Dolby Vision alone."""
         self.picture = self._picture(first, deinterlace)

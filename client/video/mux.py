@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from .verify import Contents, amount_of, contents_of, is_pause, verify, verify_e
 log = logging.getLogger(__name__)
 
 REHEARSED_PACKETS = 1000  # of the source, at most, that a rehearsal reads
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOENT)
 CURE_OF_AUDIO = "pass --audio aac, --audio flac or --audio none, or leave it out with --streams"
 
 
@@ -211,6 +213,8 @@ class Muxer:
             source = self._opened(segment)
             verify(self._out, source, self._picture, self._selection, written, times, EVERYTHING, sent)
         except Exception as err:  # whatever muxers, and PyAV on the way to them, make of a stream
+            if getattr(err, "errno", None) in OF_THE_DISK:
+                raise
             return str(err) if isinstance(err, UpscaleError) else reason_of(err)
         return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -346,3 +347,33 @@ def test_sound_that_starts_late_stays_in_step(tmp_path, triton, film, suffix):
     before, after = sound_times(source), sound_times(out)
     assert len(before) == len(after)
     assert max(abs(a - b) for a, b in zip(after, before, strict=True)) <= Fraction(1, 1000)
+
+
+def test_a_full_disk_is_not_taken_for_a_wrong_container(tmp_path, triton, film, monkeypatch):
+    from mst_gan_client.video.mux import Muxer
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Muxer, "_write", full)
+    line = refused(film, tmp_path / "out.mp4", triton)
+    assert "No space left on device" in line
+    assert "cannot hold" not in line
+
+
+def test_another_picture_is_another_run(tmp_path, triton, film):
+    """What was done of one video stream is not continued with the frames of another."""
+    source = ffmpeg("-i", film, *FILM, "-map", "0:v", "-map", "1:v", *H264, tmp_path / "in.mkv")
+    out = tmp_path / "out.mkv"
+    triton.before_answer = lambda count: triton.requests > stop and triton.stop()
+    stop = triton.requests + 8
+    try:
+        stopped = run_client(source, out, "--url", triton.url, "--segment-frames", 3, "--patience", 0)
+        assert stopped.exit_code == 1
+    finally:
+        triton.before_answer = lambda count: None
+        triton.start()
+    assert list(Path(f"{out}.part").glob("*.segment"))
+    result = run_client(source, out, "--url", triton.url, "--segment-frames", 3, "--streams", "1")
+    assert result.exit_code == 1
+    assert "holds an unfinished run with another picture" in result.output
