@@ -85,11 +85,7 @@ class Analyzer:
     version: str = ""
 
     def run(self, arguments: list[str], timeout_s: int = 60) -> subprocess.CompletedProcess[str]:
-        """Run it.
-
-        Raises:
-            PerfError: It took too long.
-        """
+        """Run it. PerfError: It took too long."""
         command = ["env", f"LD_LIBRARY_PATH={self.libraries}", str(self.path), *arguments]
         log.debug("%s", shlex.join(command))
         try:
@@ -161,11 +157,7 @@ def _counters(metrics: str) -> Counter[tuple[str, str]]:
 
 
 def find_analyzer(folder: Path = FOLDER) -> Analyzer:
-    """The installed perf_analyzer.
-
-    Raises:
-        PerfError: There is none, or it does not run.
-    """
+    """The installed perf_analyzer. PerfError: There is none, or it does not run."""
     analyzer = Analyzer(folder / "bin/perf_analyzer", folder / "lib")
     if not analyzer.path.is_file():
         raise PerfError(f"expected perf_analyzer at {analyzer.path}, found none: run `make perf-tools`")

@@ -30,10 +30,7 @@ log = logging.getLogger(__name__)
 def least_seconds(layers: Sequence[Layer], precision: str, ceilings: Mapping[str, float]) -> float:
     """The roofline: the least time for these layers, one after the other; what lies between them is free.
 
-    Args:
-        layers: Of one run.
-        precision: One of ``BYTES``, for all layers.
-        ceilings: FLOP/s by precision, and bytes/s of ``COPY``.
+    Ceilings are FLOP/s by precision, one of ``BYTES``, and bytes/s of ``COPY``.
     """
     arithmetic, copy = ceilings[precision], ceilings[COPY]
     return sum(max(one.flops / arithmetic, one.elements * BYTES[precision] / copy) for one in layers)

@@ -39,7 +39,7 @@ def machine() -> dict[str, object]:
         "gpu": gpu(),
         "system": f"{platform.system()} {platform.release()}, glibc {platform.libc_ver()[1]}",
         "python": platform.python_version(),
-        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "versions": {name: one.version for name in PACKAGES for one in metadata.distributions(name=name)},
         "load_1m_at_start": round(psutil.getloadavg()[0], 2),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -77,13 +77,6 @@ def _commit() -> str:
         ["git", "diff", "--quiet", "HEAD", "--", *MEASURED], cwd=ROOT, capture_output=True
     )
     return "unknown" if head.returncode else head.stdout.strip() + "+" * bool(changed.returncode)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class Watch:

@@ -37,14 +37,10 @@ ON_GPU = (EAGER, "PyTorch TF32", "PyTorch FP16", COMPILED)
 class Network:
     """A network that takes a clip or a window, and how many frames go in and come out."""
 
-    build: Callable[[], nn.Module]
-    """Can be pickled."""
-    frames: int
-    """Given to one run."""
-    answers: int = 1
-    """Frames that one run gives."""
-    takes_bytes: bool = False
-    """(N, T, H, W, 3) uint8, as ours; others take (N, T, 3, H, W) float, 0..1."""
+    build: Callable[[], nn.Module]  # can be pickled
+    frames: int  # given to one run
+    answers: int = 1  # frames that one run gives
+    takes_bytes: bool = False  # (N, T, H, W, 3) uint8, as ours; others take (N, T, 3, H, W) float, 0..1
 
     def inputs(self, frames: Frames) -> Tensor:
         """(T, H, W, 3) uint8 frames as the network takes them."""
@@ -72,10 +68,8 @@ class Network:
 class Layer:
     """One convolution or matrix product."""
 
-    flops: float
-    """2 x MAC."""
-    elements: float
-    """Read and written once each: inputs, weights, outputs."""
+    flops: float  # 2 x MAC
+    elements: float  # read and written once each: inputs, weights, outputs
 
 
 class _Recorder(TorchDispatchMode):
@@ -100,20 +94,12 @@ def time_network(
 ) -> Row:
     """Time a network with untrained weights, whose speed is that of trained ones.
 
-    Where one run on a CPU would take longer than ``limit_s``, the frame is halved until it does not.
-
-    Args:
-        network: What to run.
-        runtime: One of ``ON_CPU`` or ``ON_GPU``.
-        size: (height, width) of the lr frame.
-        limit_s: Seconds for all rounds; at least one is measured.
-        rounds: Runs after the first, which also chooses kernels and takes memory.
-        threads: Of the processor.
-        device: PyTorch's name of one.
+    The first run, which also chooses kernels and takes memory, does not count. No round begins after
+    ``limit_s`` seconds; where one run on a CPU would take longer, the frame is halved until it does not.
 
     Returns:
-        ``size`` that was measured, ``rounds`` with ``fps``, and ``memory_mb``, the peak of the GPU's
-        allocator or of this process with all its libraries.
+        ``size`` (height, width) that was measured, ``rounds`` with ``fps``, and ``memory_mb``, the peak of
+        the GPU's allocator or of this process with all its libraries.
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # untrained recurrences fade into denormals, which no trained one does
@@ -129,14 +115,10 @@ def time_network(
             seconds.append(one)
             if sum(seconds) > limit_s:
                 break
-    is_cpu = device == "cpu"
-    peak = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-        if is_cpu
-        else torch.cuda.max_memory_allocated()
-    )
+    own_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mb = own_kb / 2**10 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
     fps = [{"fps": round(network.answers / one, 4)} for one in seconds[len(seconds) > 1 :]]
-    return {"size": list(size), "memory_mb": round(peak / 2**20, 1), "rounds": fps}
+    return {"size": list(size), "memory_mb": round(peak_mb, 1), "rounds": fps}
 
 
 def _seconds(
@@ -168,9 +150,7 @@ def _session(module: nn.Module, inputs: Tensor, threads: int) -> onnxruntime.Inf
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the tracer fixes sizes, which are fixed here, and is the old exporter
+        warnings.simplefilter("ignore")  # the tracer fixes sizes, as they are here, and is the old exporter
         path = str(Path(folder) / "network.onnx")
         torch.onnx.export(module, (inputs,), path, opset_version=18, dynamo=False)
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

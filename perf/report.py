@@ -80,11 +80,7 @@ def _single_blank(text: str) -> str:
 
 
 def readme_table(found: Mapping[str, Result]) -> str:
-    """The small table that README shows, between its markers.
-
-    Raises:
-        PerfError: There is no ladder.
-    """
+    """The small table that README shows, between its markers. PerfError: There is no ladder."""
     if "ladder" not in found:
         raise PerfError("expected ladder.json among the results, found none: run `make ladder` first")
     ladder = found["ladder"]

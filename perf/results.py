@@ -62,11 +62,7 @@ def one_line(err: Exception) -> str:
 
 
 def known(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
-    """Refuse names that are not among the allowed ones.
-
-    Raises:
-        PerfError: One is not.
-    """
+    """Refuse names that are not among the allowed ones. PerfError: One is not."""
     choices = list(allowed)
     if unknown := [name for name in names if name not in choices]:
         raise PerfError(f"expected {what} among {', '.join(choices)}; found {unknown[0]!r}")
@@ -78,20 +74,9 @@ class Figure:
 
     values: tuple[float, ...]
 
-    @property
-    def median(self) -> float:
-        """The figure to show."""
-        return median(self.values)
-
-    @property
-    def low(self) -> float:
-        """The least."""
-        return min(self.values)
-
-    @property
-    def high(self) -> float:
-        """The most."""
-        return max(self.values)
+    median = property(lambda self: median(self.values))
+    low = property(lambda self: min(self.values))
+    high = property(lambda self: max(self.values))
 
     def text(self, digits: int = 1) -> str:
         """Median, then the least and the most where they differ."""

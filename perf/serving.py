@@ -39,26 +39,18 @@ log = logging.getLogger(__name__)
 class Serving:
     """How the models are served; None leaves a setting as it is in the repository."""
 
-    weights: str | None = None
-    """Names ``export/checkpoints/mst_gan_<weights>.safetensors``, exported for the target first."""
-    target: str | None = None
-    """Names ``<model>/configs/<target>.pbtxt``; models without that file keep their own config."""
+    weights: str | None = None  # of export/checkpoints/mst_gan_<weights>.safetensors, exported first
+    target: str | None = None  # of <model>/configs/<target>.pbtxt; models without that file keep their own
     queue_delay_us: int | None = None
-    instances: int | None = None
-    """Instance groups of each stage."""
-    batching: bool = True
-    """False: every request runs alone."""
+    instances: int | None = None  # groups of each stage
+    batching: bool = True  # False: every request runs alone
 
 
 class Repository:
     """A model repository as one target has it, and what its ensemble publishes."""
 
     def __init__(self, path: Path, target: str | None = None) -> None:
-        """Read the configurations.
-
-        Raises:
-            PerfError: There is no ensemble.
-        """
+        """Read the configurations. PerfError: There is no ensemble."""
         self.path, self.configs = path, dict[str, pb.ModelConfig]()
         for model in sorted(one.parent for one in path.glob("*/config.pbtxt")):
             chosen = model / "configs" / f"{target}.pbtxt"
@@ -113,11 +105,7 @@ class Repository:
 
 
 def checkpoint(weights: str, folder: Path = CHECKPOINTS) -> Path:
-    """The committed checkpoint of this name.
-
-    Raises:
-        PerfError: There is none.
-    """
+    """The committed checkpoint of this name. PerfError: There is none."""
     path = folder / f"mst_gan_{weights}.safetensors"
     if not path.is_file():
         raise PerfError(f"expected weights at {path}, found none: name one of {folder}")
@@ -204,11 +192,7 @@ class RunningServer:
     metrics_url: str
 
     def metrics(self) -> str:
-        """All metrics as Prometheus text.
-
-        Raises:
-            PerfError: Nobody answers there.
-        """
+        """All metrics as Prometheus text. PerfError: Nobody answers there."""
         try:
             return TritonServer.get(self.metrics_url, "/metrics").read().decode()
         except OSError as err:

@@ -93,11 +93,7 @@ class Point:
 
 
 def load_sweeps(path: Path = SWEEPS) -> dict[str, Sweep]:
-    """Name -> sweep, in the order of the file.
-
-    Raises:
-        PerfError: The file is not readable, or a table is wrong.
-    """
+    """Name -> sweep, in the order of the file. PerfError: The file is not readable, or a table is wrong."""
     try:
         tables = tomllib.loads(path.read_text())
         return {name: Sweep(name=name, **table) for name, table in tables.items()}

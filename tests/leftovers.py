@@ -19,7 +19,7 @@ MARK = "MST_GAN_TEST_SESSION"
 """Environment variable that every process of this session inherits, also one whose parent is gone."""
 PATIENCE_S = 10  # a server's clean-up process ends a moment after its server
 OWNED_REGION = re.compile(r"(?:mst_gan_\d+_|vsr-upscale-\w+-)(\d+)[-_]")  # the owner's process id
-OTHERS_FILES = {".ses"}  # ONNX Runtime's number of its session
+OTHERS_FILES = (".ses", "torchinductor_")  # ONNX Runtime's session number, PyTorch's cache when it counts
 SHARED_FOLDER = Path("/dev/shm")
 
 
@@ -44,7 +44,9 @@ class Session:
             if connection.status == psutil.CONN_LISTEN:
                 yield f"port {connection.laddr.port}"
         yield from (f"shared memory {path}" for path in regions() if path not in self.regions)
-        yield from (f"temporary {path}" for path in self.temporary.iterdir() if path.name not in OTHERS_FILES)
+        yield from (
+            f"temporary {path}" for path in self.temporary.iterdir() if not path.name.startswith(OTHERS_FILES)
+        )
 
     def close(self) -> list[str]:
         """What is left in the end, removed if it is a file."""

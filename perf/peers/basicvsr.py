@@ -19,20 +19,18 @@ PYRAMID = 6  # levels of SPyNet (Ranjan and Black, CVPR 2017)
 MULTIPLE = 2 ** (PYRAMID - 1)
 
 
-class FlowLevel(nn.Module):
-    """One level of SPyNet: five 7x7 convolutions (section 3.2)."""
+def flow_level() -> nn.ModuleDict:
+    """One level of SPyNet (section 3.2): two images and a flow, (N, 8, h, w), to the flow's residual."""
+    layers: list[nn.Module] = []
+    for c_in, c_out in pairwise((8, 32, 64, 32, 16, 2)):
+        layers += [nn.Conv2d(c_in, c_out, 7, padding=3), nn.ReLU()]
+    return nn.ModuleDict({"basic_module": nn.Sequential(*layers[:-1])})
 
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for c_in, c_out in pairwise((8, 32, 64, 32, 16, 2)):
-            layers += [nn.Conv2d(c_in, c_out, 7, padding=3), nn.ReLU()]
-        self.basic_module = nn.Sequential(*layers[:-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Two images and a flow, (N, 8, h, w) -> (N, 2, h, w), what to add to the flow."""
-        residual: Tensor = self.basic_module(x)
-        return residual
+def trunk() -> nn.ModuleDict:
+    """Frame and propagated features, (N, 3 + 64, H, W), to (N, 64, H, W)."""
+    blocks = nn.Sequential(*(ResidualBlock(CHANNELS) for _ in range(BLOCKS)))
+    return nn.ModuleDict({"main": nn.Sequential(conv3x3(CHANNELS + 3, CHANNELS), nn.LeakyReLU(0.1), blocks)})
 
 
 class SpyNet(nn.Module):
@@ -43,7 +41,7 @@ class SpyNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.basic_module = nn.ModuleList(FlowLevel() for _ in range(PYRAMID))
+        self.basic_module = nn.ModuleList(flow_level() for _ in range(PYRAMID))
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
 
@@ -59,26 +57,13 @@ class SpyNet(nn.Module):
                 levels.append(F.avg_pool2d(levels[-1], 2))
             pyramids.append(levels[::-1])
         flow = reference.new_zeros(len(reference), 2, size[0] // MULTIPLE, size[1] // MULTIPLE)
-        for index, (refine, center, neighbor) in enumerate(zip(self.basic_module, *pyramids, strict=True)):
+        for index, (level, center, neighbor) in enumerate(zip(self.basic_module, *pyramids, strict=True)):
             if index:
                 flow = 2 * F.interpolate(flow, scale_factor=2.0, mode="bilinear", align_corners=True)
-            flow = flow + refine(torch.cat((center, backward_warp(neighbor, flow, "border"), flow), dim=1))
+            warped = backward_warp(neighbor, flow, "border")
+            flow = flow + level["basic_module"](torch.cat((center, warped, flow), dim=1))
         flow = F.interpolate(flow, size=(height, width), mode="bilinear", align_corners=False)
         return flow * flow.new_tensor((width / size[1], height / size[0])).view(1, 2, 1, 1)
-
-
-class Trunk(nn.Module):
-    """Frame and propagated features in, features out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        blocks = nn.Sequential(*(ResidualBlock(CHANNELS) for _ in range(BLOCKS)))
-        self.main = nn.Sequential(conv3x3(CHANNELS + 3, CHANNELS), nn.LeakyReLU(0.1), blocks)
-
-    def forward(self, frame: Tensor, features: Tensor) -> Tensor:
-        """(N, 3, H, W) and (N, 64, H, W) -> (N, 64, H, W)."""
-        merged: Tensor = self.main(torch.cat((frame, features), dim=1))
-        return merged
 
 
 class BasicVsr(Reconstruction):
@@ -86,7 +71,7 @@ class BasicVsr(Reconstruction):
 
     def __init__(self) -> None:
         super().__init__(CHANNELS)
-        self.spynet, self.backward_trunk, self.forward_trunk = SpyNet(), Trunk(), Trunk()
+        self.spynet, self.backward_trunk, self.forward_trunk = SpyNet(), trunk(), trunk()
         self.fusion = nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -101,14 +86,14 @@ class BasicVsr(Reconstruction):
         for index in reversed(range(t)):
             if index < t - 1:
                 features = backward_warp(features, to_later[:, index], "zeros")
-            features = self.backward_trunk(frames[:, index], features)
+            features = self.backward_trunk["main"](torch.cat((frames[:, index], features), dim=1))
             from_future.append(features)
         features = torch.zeros_like(features)
         answers = []
         for index in range(t):
             if index:
                 features = backward_warp(features, to_earlier[:, index - 1], "zeros")
-            features = self.forward_trunk(frames[:, index], features)
+            features = self.forward_trunk["main"](torch.cat((frames[:, index], features), dim=1))
             merged = leaky(self.fusion(torch.cat((from_future[t - 1 - index], features), dim=1)))
             answers.append(self.reconstruct(merged, frames[:, index]))
         return torch.stack(answers, dim=1)
