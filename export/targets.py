@@ -117,7 +117,7 @@ def build_generator(
 
 def int8_for_cpu(network: MstGan, fp32: onnx.ModelProto, calibration: Sequence[Frames]) -> onnx.ModelProto:
     """The INT8 generator for ONNX Runtime's CPU provider; arguments as for ``build_generator``."""
-    ranges, weights = _quantized(network, cpu_graph(fp32), calibration, CPU_WEIGHT_LEVEL)
+    ranges, weights = quantized(network, cpu_graph(fp32), calibration, CPU_WEIGHT_LEVEL)
     return quantize_for_cpu(cpu_graph(with_weights(fp32, weights)), ranges)
 
 
@@ -138,7 +138,7 @@ def build_for_tensorrt(
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {stage: tensorrt_graph(onnx.load(path)) for stage, path in stages.items()}
     generator = graphs.pop(spec.GENERATOR.name)
-    ranges, weights = _quantized(network, generator, calibration, TENSORRT_WEIGHT_LEVEL)
+    ranges, weights = quantized(network, generator, calibration, TENSORRT_WEIGHT_LEVEL)
     graphs[f"{spec.GENERATOR.name}.{FP16}"] = to_fp16(generator)
     int8 = quantize_for_tensorrt(with_weights(generator, weights), ranges)
     graphs[f"{spec.GENERATOR.name}.{INT8}"] = to_fp16(int8)
@@ -195,7 +195,7 @@ def _save(model: onnx.ModelProto, path: Path, parent: Path) -> None:
     onnx.save(model, path)
 
 
-def _quantized(
+def quantized(
     network: MstGan, model: onnx.ModelProto, calibration: Sequence[Frames], level: int
 ) -> tuple[TensorsData, dict[str, Tensor]]:
     """Ranges of the graph's activations, and the network's weights rounded to +-``level``."""

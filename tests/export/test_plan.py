@@ -15,13 +15,18 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx_sessions import feeds, run, session
+from onnx_sessions import feeds, run
 from tiny_network import run_build
 
 from export import spec, targets
-from export.checkpoint import load_checkpoint
+from export.checkpoint import FOLDER, load_checkpoint
 from export.data.sample import calibration_windows
 from export.errors import ExportError
+from export.onnx import export as onnx_export
+from export.onnx.fp16 import to_fp16
+from export.onnx.int8 import TENSORRT_WEIGHT_LEVEL
+from export.onnx.rounding import with_weights
+from export.onnx.tensorrt import quantize_for_tensorrt, tensorrt_graph
 from export.repository import sha256, stage_path
 from export.tensorrt import plan
 from export.tensorrt.plan import Identity, build_plan, check_plan, identity_path
@@ -99,14 +104,18 @@ def test_bytes_are_cast_at_the_edge(built: Path, graphs: tuple[Path, list[Compar
         assert np.array_equal(run(after, inputs), run(before, inputs))
 
 
-def test_int8_answers_as_its_parent(built: Path, graphs: tuple[Path, list[Comparison]]) -> None:
-    inputs = {"lr_window": calibration_windows()[0]}  # not one that it was calibrated on
-    flow, aligned = session(stage_path(built / "build", spec.FLOW_ALIGN)).run(None, inputs)
-    inputs |= {"flow": flow, "aligned": aligned}
-    fp32 = run(built / "build/generator.onnx", inputs)
-    assert (
-        psnr_db(run(graphs[0] / "generator.int8.onnx", inputs), fp32, peak=255) > 35
-    )  # its weights are random
+def test_int8_of_trained_weights_answers_as_fp32(built: Path, tmp_path: Path) -> None:
+    network = load_checkpoint(FOLDER / "mst_gan_student.safetensors")
+    fp32 = tmp_path / "generator.onnx"
+    onnx_export.export_stage(network.generator, spec.GENERATOR, fp32)
+    unseen, *calibration = calibration_windows()
+    graph = tensorrt_graph(onnx.load(fp32))
+    ranges, weights = targets.quantized(network, graph, calibration, TENSORRT_WEIGHT_LEVEL)
+    int8 = to_fp16(quantize_for_tensorrt(with_weights(graph, weights), ranges))
+
+    tensors = compare.onnx_runner(stage_path(built / "build", spec.FLOW_ALIGN))({"lr_window": unseen})
+    inputs = {"lr_window": unseen, **tensors}
+    assert psnr_db(run(int8, inputs), run(fp32, inputs), peak=255) > 48
 
 
 def test_a_refused_operator_is_named(tmp_path: Path) -> None:
