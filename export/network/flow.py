@@ -98,11 +98,11 @@ class LucasKanade(nn.Module):
     window: Tensor
     smoothing: Tensor
 
-    def __init__(self) -> None:
-        """Nothing to learn."""
+    def __init__(self, frames: int = spec.WINDOW) -> None:
+        """Nothing to learn; ``frames`` are blurred at once."""
         super().__init__()
         filters = {
-            "prefilter": _gauss(PREFILTER_SIGMA, spec.WINDOW),
+            "prefilter": _gauss(PREFILTER_SIGMA, frames),
             "window": _gauss(WINDOW_SIGMA, 5),
             "smoothing": _gauss(SMOOTHING_SIGMA, 2),
         }
@@ -110,7 +110,7 @@ class LucasKanade(nn.Module):
             self.register_buffer(name, weight, persistent=False)
 
     def blur(self, frames: Tensor) -> Tensor:
-        """Prepare images for ``forward``: (N, 3, h, w) gray frames, blurred by ``PREFILTER_SIGMA``."""
+        """Prepare images for ``forward``: (N, frames, h, w) gray frames, blurred by ``PREFILTER_SIGMA``."""
         return _filter(frames, self.prefilter)
 
     def forward(self, reference: Tensor, neighbor: Tensor, flow: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""``python -m export train-stream`` and ``evaluate-stream``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from export.paths import BUILD
+
+# Commands import what they need when they run, so that --help needs no torch.
+
+_PATH = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, exists=True)
+
+
+@click.command("train-stream")
+@click.option("--clips", type=_FILE, required=True, help="Folder of videos.")
+@click.option("--photos", type=_FILE, required=True, help="Folder of photos, over which a camera moves.")
+@click.option("--validation", type=_FILE, required=True, help="Text file with names of clips to leave out.")
+@click.option("--cache", type=_PATH, default=BUILD / "sequences", help="Decoded footage, some 6 GB.")
+@click.option("--init", type=_PATH, help="Window network whose weights the run starts from.")
+@click.option("--out", type=_PATH, required=True, help="Run folder; an existing run is resumed.")
+@click.option("--until", type=float, default=5e9, help="Lr pixels to train on.")
+@click.option(
+    "--widths", default="stream", help="Of a recurrent network, or of a window network: the control."
+)
+@click.option("--line-art", type=int, default=400, help="Synthetic drawings, used as photos.")
+@click.option("--batch", type=int, default=2, help="Sequences per step.")
+@click.option("--lr", type=float, default=5e-4, help="Learning rate.")
+@click.option("--kept", default="all", help="What of the state is kept: all, features, detail or none.")
+@click.option("--seed", type=int, default=0, help="Seed of the batches.")
+@click.option("--save-every", type=float, default=180.0, help="Seconds between checkpoints.")
+def train_stream(
+    clips: Path, photos: Path, validation: Path, cache: Path, init: Path | None, out: Path, until: float,
+    widths: str, line_art: int, batch: int, lr: float, kept: str, seed: int, save_every: float,
+) -> None:  # fmt: skip
+    """Train a recurrent network on sequences. Ctrl-C saves; run the same command again to resume."""
+    from export.checkpoint import load_checkpoint
+    from export.data.line_art import draw_all
+    from export.data.sequences import SequenceSampler, build_cache, load_photos, load_scenes
+    from export.errors import ExportError
+    from export.network import WIDTHS, MstGan
+    from export.network.stream import STREAM_WIDTHS, StreamNetwork, from_window_network
+    from export.training.stream import GROUPS, KEPT, StreamOptions, StreamTrainer
+
+    for option, value, allowed in (("widths", widths, {**STREAM_WIDTHS, **WIDTHS}), ("kept", kept, KEPT)):
+        if value not in allowed:
+            raise ExportError(f"expected --{option} to be one of {', '.join(allowed)}, found {value!r}")
+    build_cache(clips, cache / "clips", validation.read_text().split())
+    scenes = load_scenes(cache / "clips", GROUPS)
+    drawings = [clip.segments[0, 0] for clip in draw_all(line_art, cache)]
+    sampler = SequenceSampler(scenes, load_photos(photos, cache / "photos"), drawings, seed=seed)
+    window = load_checkpoint(init) if init else None
+    start: StreamNetwork | MstGan | None = window
+    if window and widths in STREAM_WIDTHS:
+        start = from_window_network(window.generator, STREAM_WIDTHS[widths])
+    options = StreamOptions(widths=widths, batch=batch, lr=lr, kept=kept, seed=seed)
+    StreamTrainer(options, sampler, out, start).run(int(until), save_every)
+
+
+@click.command("evaluate-stream")
+@click.option("--clips", type=_FILE, required=True, help="Folder of videos.")
+@click.option("--names", type=_FILE, help="Text file with the names of the clips to score; by default all.")
+@click.option("--cache", type=_PATH, default=BUILD / "footage", help="Decoded clips.")
+@click.option("--checkpoint", type=_PATH, required=True, help="Weights of a recurrent network.")
+@click.option("--window", type=_PATH, help="Window network to compare with.")
+@click.option("--frames", type=int, default=100, help="At most so many of each clip, up to its first cut.")
+def evaluate_stream(
+    clips: Path, names: Path | None, cache: Path, checkpoint: Path, window: Path | None, frames: int
+) -> None:
+    """Print gains in PSNR-Y over bicubic as JSON, by clip and by how many frames came before."""
+    from export.checkpoint import load_checkpoint
+    from export.data.evaluation_clips import find_sources
+    from export.network import MstGan
+    from export.network.stream import StreamNetwork
+    from export.training.stream import load_stream
+    from export.training.stream_evaluation import by_age, first_scene, mean_by_age, psnr_by_frame
+
+    networks: dict[str, StreamNetwork | MstGan] = {"stream": load_stream(checkpoint)}
+    if window:
+        networks["window"] = load_checkpoint(window)
+    gains: dict[str, dict[str, dict[str, float]]] = {name: {} for name in networks}
+    for source in find_sources(clips, names=names.read_text().split() if names else None):
+        scene = first_scene(source, cache, frames)
+        bicubic = psnr_by_frame(None, scene)
+        for name, network in networks.items():
+            gains[name][source.name] = by_age(psnr_by_frame(network, scene) - bicubic)
+    for rows in gains.values():
+        rows["mean"] = mean_by_age(list(rows.values()))
+    click.echo(json.dumps(gains, indent=1))
