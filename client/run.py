@@ -75,6 +75,8 @@ def upscale(
                 f"expected a clip of standard dynamic range, found {kind} in {source.path}: the model "
                 "works in 8 bits and knows no HDR; convert the clip first, or pass --allow-hdr to try"
             )
+        if kind:
+            log.warning("metadata of %s is left out: %s is treated like any other clip", kind, source.path)
         if (
             dst.suffix
             and writes_images(dst, source)

@@ -28,6 +28,7 @@ from .seek import Seek, seek
 from .source import Source
 from .stills import tags_of
 from .streams import EVERY_STREAM, Selection, is_cover, main_stream, needs_dolby_vision
+from .y4m import Y4M_FORMAT, rest_of_frame
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Video:
         self._packets = self._frames = self._before_start = 0
         self.refused = 0
         """Packets that could not be decoded."""
-        self._repeated_until = 0
+        self._repeated_until = self._packet_bytes = 0
         self._lead_s = Fraction(0)  # from the first packet to the first frame that can be decoded
         self._shown = (0, 0)  # times of the first frame and of the end, in ticks
         self._is_read_whole = True
@@ -286,6 +287,7 @@ class Video:
                     continue
                 if packet.size and not packet.is_discard:
                     self._packets += 1
+                    self._packet_bytes = packet.size
                     if packet.pts is not None and first is None:
                         early.append(packet.pts)
                     elif packet.pts is not None and first is not None and packet.pts < first:
@@ -351,6 +353,10 @@ class Video:
         stream, picture = self._stream, self.picture
         if not self._is_read_whole:
             return None
+        if self._container.format.name == Y4M_FORMAT:
+            place = self._source.stdin if self._source.is_pipe else self._source.path
+            if rest_of_frame(place, self._packets, self._packet_bytes):
+                return f"ends in the middle of frame {self._packets + 1}"
         first, end = self._shown[0], max(self._shown[1], self._repeated_until)
         seconds = float((end - first) * picture.time_base + self._lead_s)
         is_end = self._container.format.name in DURATION_IS_END

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +19,7 @@ from ..errors import UpscaleError
 from ..frames.windows import Image
 from .color import RGB, frame_from_rgb
 from .picture import Picture
-from .source import Y4M_FORMAT
+from .y4m import Y4M_FORMAT, Y4mOutput
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 prints a banner per encoder otherwise
 
@@ -175,35 +173,11 @@ def write_segment(path: Path, hr_frames: Iterable[Image], picture: Picture, enco
     return count
 
 
-class _Y4mPipe:
-    """Standard output, with the shape of pixels in the header, which FFmpeg's muxer takes from nowhere."""
-
-    name = "pipe:1"
-
-    def __init__(self, aspect: Fraction | None) -> None:
-        self._aspect = aspect
-        self.failure: OSError | None = None
-        """What PyAV hides when it writes."""
-
-    def write(self, data: bytes) -> int:
-        """Write bytes; the first hold the header."""
-        written = len(data)
-        if self._aspect:
-            data = bytes(data).replace(b" A0:0", b" A%d:%d" % self._aspect.as_integer_ratio(), 1)
-            self._aspect = None
-        try:
-            sys.stdout.buffer.write(data)
-        except OSError as err:
-            self.failure = err
-            raise
-        return written
-
-
 def write_y4m(hr_frames: Iterable[Image], picture: Picture, pix_fmt: str) -> int:
     """Write frames to standard output as y4m, which knows one frame rate and no times."""
     encoding = Encoding(Codec("rawvideo", pix_fmt), pix_fmt, ())
     deep = {"strict": "-1"}  # y4m of more than 8 bits is an extension
-    pipe = _Y4mPipe(picture.sample_aspect_ratio)
+    pipe = Y4mOutput(picture.sample_aspect_ratio)
     try:
         with av.open(
             pipe, "w", format=Y4M_FORMAT, container_options=deep, buffer_size=PIPE_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import av
 from av.container import InputContainer
 
 from ..errors import UpscaleError
+from .y4m import Y4M_FORMAT, Y4mInput
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 PIPE = Path("-")
-Y4M_FORMAT = "yuv4mpegpipe"
 DEFAULT_RATE = Fraction(25)
 
 
@@ -28,6 +28,8 @@ class Source:
     """``-`` is y4m on standard input."""
     rate: Fraction = DEFAULT_RATE
     """Frames per second of a folder of images; files have their own."""
+    stdin: Y4mInput = field(default_factory=Y4mInput, compare=False, repr=False)
+    """Where ``-`` is read from."""
 
     @property
     def is_pipe(self) -> bool:
@@ -66,11 +68,12 @@ class Source:
         Raises:
             UpscaleError: It cannot be opened.
         """
-        path, format_, options = str(self.path), None, {}
+        path: str | Y4mInput = str(self.path)
+        format_, options = None, {}
         if self.is_pipe:
-            path, format_ = "pipe:0", Y4M_FORMAT
+            path, format_ = self.stdin, Y4M_FORMAT
         elif self.path.is_dir():
-            path = f"{glob.escape(path)}/*{self.files()[0].suffix}"
+            path = f"{glob.escape(str(self.path))}/*{self.files()[0].suffix}"
             format_, options = "image2", {"pattern_type": "glob", "framerate": str(self.rate)}
         try:
             return av.open(path, "r", format=format_, container_options=options, metadata_errors="replace")

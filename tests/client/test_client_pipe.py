@@ -98,3 +98,21 @@ def test_options_that_a_pipe_does_not_have(tmp_path, triton, option):
     result = run_client(clip, "-", "--url", triton.url, *option)
     assert result.exit_code == 1
     assert "expected one clip for y4m on standard output, without" in result.output
+
+
+@pytest.mark.parametrize("left", [1, 100, 32 * 48 * 3 - 1])
+def test_input_that_ends_within_a_frame(tmp_path, triton, left):
+    """The program that feeds us has died."""
+    data = y4m(IMAGES)
+    frame = (len(data) - data.index(b"\n") - 1) // 20
+    cut = data[: len(data) - frame + left]
+    done = client(triton, "-", tmp_path / "out.mp4", data=cut)
+    assert done.returncode == 1
+    assert b"ends in the middle of frame 20: get it whole, or pass --allow-damage" in done.stderr
+    again = ("--allow-damage", "--restart")
+    assert client(triton, "-", tmp_path / "out.mp4", *again, data=cut).returncode == 0
+    assert len(decoded(tmp_path / "out.mp4")) == 19
+    (tmp_path / "in.y4m").write_bytes(cut)
+    result = run_client(tmp_path / "in.y4m", tmp_path / "other.mp4", "--url", triton.url)
+    assert result.exit_code == 1
+    assert "ends in the middle of frame 20" in result.output
