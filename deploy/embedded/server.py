@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import os
+import secrets
 import shlex
 import socket
 import subprocess
@@ -18,6 +20,8 @@ from deploy.embedded import cleanup
 from deploy.embedded.launcher import OWNER_VARIABLE
 
 POLL_S = 0.1
+ATTEMPTS = 3  # to find ports that nobody takes before Triton does
+PORT_TAKEN = "already in use"  # in Triton's log
 STOP_TIMEOUT_S = 40  # Triton gives requests in flight 30 s to end, then leaves by itself
 LOG_TAIL_LINES = 30
 
@@ -49,17 +53,23 @@ class TritonServer:
         """
         self.log_file = log_file
         self.start_timeout_s = start_timeout_s
+        self._id = secrets.token_hex(8)
+        self._arguments = [f"--model-repository={repository}", f"--id={self._id}"], arguments
+        self._choose_ports()
+
+    def _choose_ports(self) -> None:
         http_port, grpc_port, metrics_port = free_ports(3)
         self.http_url = f"127.0.0.1:{http_port}"
         self.grpc_url = f"127.0.0.1:{grpc_port}"
         self.metrics_url = f"127.0.0.1:{metrics_port}"
+        first, last = self._arguments
         self.command = [
             str(Path(sys.executable).with_name("tritonserver")),
-            f"--model-repository={repository}",
+            *first,
             f"--http-port={http_port}",
             f"--grpc-port={grpc_port}",
             f"--metrics-port={metrics_port}",
-            *arguments,
+            *last,
         ]
 
     def start(self) -> None:
@@ -89,12 +99,15 @@ class TritonServer:
         if "process" not in vars(self) or self.process.poll() is not None:
             self.start()
         deadline = time.monotonic() + self.start_timeout_s
+        attempts = 1
         try:
             while not self.ready():
-                if self.process.poll() is not None:
-                    raise ServerError(
-                        f"tritonserver ended with status {self.process.returncode}:\n{self.log_tail()}"
-                    )
+                if (status := self.process.poll()) is not None:
+                    if PORT_TAKEN not in self.log_tail() or attempts == ATTEMPTS:
+                        raise ServerError(f"tritonserver ended with status {status}:\n{self.log_tail()}")
+                    attempts += 1
+                    self._choose_ports()
+                    self.start()
                 if time.monotonic() > deadline:
                     raise ServerError(
                         f"tritonserver not ready in {self.start_timeout_s:g} s:\n{self.log_tail()}"
@@ -127,14 +140,15 @@ class TritonServer:
         return cleanup.regions(cleanup.region_prefix(self.process.pid))
 
     def ready(self) -> bool:
-        """Whether the server and all its models answer, and its metrics, which Triton opens last."""
+        """Whether this server and all its models answer, and its metrics, which Triton opens last."""
         try:
-            return all(
-                self.get(url, path).status == http.client.OK
-                for url, path in ((self.http_url, "/v2/health/ready"), (self.metrics_url, "/metrics"))
+            return (
+                self.get(self.http_url, "/v2/health/ready").status == http.client.OK
+                and json.load(self.get(self.http_url, "/v2"))["name"] == self._id
+                and self.get(self.metrics_url, "/metrics").status == http.client.OK
             )
-        except OSError:
-            return False
+        except (OSError, http.client.HTTPException, ValueError, LookupError):
+            return False  # not there yet, or somebody else took the port
 
     def metrics(self) -> str:
         """All metrics, as Prometheus reads them."""

@@ -142,6 +142,20 @@ def test_a_server_that_is_killed_at_work_leaves_nothing(busy_repository: Path, t
         wait_until(busy.is_gone)
 
 
+def test_a_port_that_somebody_else_takes_meanwhile_is_given_up(
+    busy_repository: Path, tmp_path: Path, neighbor: Busy
+) -> None:
+    server = TritonServer(busy_repository, tmp_path / "log")
+    theirs = neighbor.server.http_url
+    ours_port, their_port = (url.partition(":")[2] for url in (server.http_url, theirs))
+    server.command = [part.replace(ours_port, their_port) for part in server.command]
+    server.http_url = theirs
+    with server:
+        assert server.http_url != theirs
+        assert server.process.pid != neighbor.pid
+        assert server.ready()
+
+
 OWNER = """
 import sys, time
 from pathlib import Path

@@ -105,6 +105,7 @@ class RequestGuard:
         if self._queue.size != QUEUE_SIZE or self._is_abandoned():
             raise ValueError(f"a queue of {self._queue.size}")
         self._at_work = threading.Event()
+        self._at_work.set()  # until the first answer, for Triton waits in the same way while a model loads
         threading.Thread(target=self._report, daemon=True).start()
 
     def __enter__(self) -> None:
@@ -153,6 +154,11 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         self.name = config["name"]
+        self.guard: AbstractContextManager[None] = nullcontext()
+        try:
+            self.guard = RequestGuard(self.name)
+        except (OSError, ValueError, IndexError) as err:
+            pb_utils.Logger.log_warn(f"{self.name}: not guarded against stalls of the machine: {err}")
         self.batches = config["max_batch_size"] > 0
         path = (
             Path(args["model_repository"])
@@ -176,11 +182,6 @@ class TritonPythonModel:
         self.one_by_one = self.batches and self.session.get_providers()[0] == CPU_PROVIDER
         self.multiple_of = int(config["parameters"].get("multiple_of", {"string_value": "1"})["string_value"])
         self.frames = config["input"][0]
-        self.guard: AbstractContextManager[None] = nullcontext()
-        try:
-            self.guard = RequestGuard(self.name)
-        except (OSError, ValueError, IndexError) as err:
-            pb_utils.Logger.log_warn(f"{self.name}: not guarded against stalls of the machine: {err}")
         pb_utils.Logger.log_info(
             f"{self.name} {args['model_instance_name']}: {path.name} on {self.session.get_providers()[0]}, "
             f"{options.intra_op_num_threads} threads"
