@@ -127,8 +127,7 @@ class Run:
                 if is_images
                 else Muxer(part.joined, source, self._shapes.hr, options.selection)
             )
-            if not part.segments():
-                rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
+            rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
             known = part.record()
             hr_frames = self._start(dst, known, options.encoding.codec.encoder)
             try:

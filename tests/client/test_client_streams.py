@@ -261,3 +261,22 @@ def test_encoded_audio_that_ends_early_is_noticed(tmp_path, triton, film, monkey
     assert result.exit_code == 1
     assert "is not right: expected audio from" in result.output
     assert not (tmp_path / "out.mkv").exists()
+
+
+def test_a_run_that_goes_on_is_rehearsed_too(tmp_path, triton, film):
+    """Other streams may be wanted than before: what does not fit is known before the rest of the work."""
+    out = tmp_path / "out.mp4"
+    stop = triton.requests + 8
+    triton.before_answer = lambda count: triton.requests > stop and triton.stop()
+    arguments = (film, out, "--url", triton.url, "--segment-frames", 3, "--patience", 0)
+    try:
+        assert run_client(*arguments).exit_code == 1
+    finally:
+        triton.before_answer = lambda count: None
+        triton.start()
+    finished = len(list(out.with_name("out.mp4.part").glob("*.segment")))
+    assert finished
+    before = triton.requests
+    assert run_client(*arguments, "--audio", "flac", "--no-subtitles").exit_code == 0
+    assert triton.requests - before < 15
+    assert kinds(out) == ["h264", "flac", "flac"]
