@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from ffmpeg import FILM, H264, TONE, ffmpeg
+from PIL import Image, ImageCms
 
 FILES_PER_PROCESS = 40
 PATIENCE_S = 120  # for one file: the machine may be busy
@@ -47,11 +48,20 @@ KINDS: dict[str, tuple[str, ...]] = {
     "still.bmp": STILL,
 }
 """How a whole file of each kind is made."""
+TAGGED = ("still_tagged.png", "still_tagged.jpg", "still_tagged.webp", "still_tagged.tiff")
+ORIENTATION, MODEL = 0x0112, 0x0110
 
 
 def make_seeds(folder: Path) -> list[Path]:
     """A small whole file of each kind."""
-    return [ffmpeg(*arguments, folder / name) for name, arguments in KINDS.items()]
+    seeds = [ffmpeg(*arguments, folder / name) for name, arguments in KINDS.items()]
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[MODEL] = 6, "Camera"
+    for name in TAGGED:
+        Image.new("RGB", (48, 32), "teal").save(folder / name, exif=exif, icc_profile=profile)
+        seeds.append(folder / name)
+    return seeds
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -154,7 +164,7 @@ def main() -> None:
     until_s, seed, endings = time.monotonic() + 60 * given.minutes, given.seed, Counter[str]()
     while time.monotonic() < until_s:
         with tempfile.TemporaryDirectory() as folder:
-            endings += fuzz(seed, 10 * len(KINDS), Path(folder), given.keep)
+            endings += fuzz(seed, 10 * len((*KINDS, *TAGGED)), Path(folder), given.keep)
         seed += 1
         print(f"seed {seed}: {dict(endings)}", flush=True)
 

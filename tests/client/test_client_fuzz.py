@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from fuzz import KINDS, fuzz
+from fuzz import KINDS, TAGGED, fuzz
 
-FILES_PER_KIND = 4
+FILES = 4 * len((*KINDS, *TAGGED))
 SEED = 7
 
 
 def test_damaged_files(tmp_path, matrix_cell):
     record = matrix_cell("Damaged files", f"seed {SEED}", "all kinds")
-    endings = fuzz(SEED, FILES_PER_KIND * len(KINDS), tmp_path)
+    endings = fuzz(SEED, FILES, tmp_path)
     assert set(endings) <= {"done", "refused"}, endings
-    assert sum(endings.values()) == FILES_PER_KIND * len(KINDS)
+    assert sum(endings.values()) == FILES
     assert endings["done"] and endings["refused"]
     record(", ".join(f"{count} {how}" for how, count in sorted(endings.items())))
