@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from .batch import Job, jobs_from_arguments
+from .batch import Job, check_extras, jobs_from_arguments
 from .errors import UpscaleError
 from .frames.scenes import DEFAULT_THRESHOLD
 from .options import (
@@ -25,7 +25,7 @@ from .options import (
     topic_options,
 )
 from .pipeline import Options, Result
-from .progress import ConsoleProgress, JsonProgress, Progress
+from .progress import ConsoleProgress, JsonProgress, Progress, echo
 from .reports.compare import check_target
 from .reports.compare import compare as compare_clips
 from .reports.html_report import check_reference, write_page
@@ -41,7 +41,7 @@ from .video.deinterlace import DEINTERLACE, OFF
 from .video.encode import CODECS, DEFAULT_CODEC, encoding_from_options
 from .video.images import writes_images
 from .video.picture import Range
-from .video.source import PIPE, Source
+from .video.source import PIPE, Source, is_pipe
 from .video.streams import Selection
 from .video.tracks import AUDIO_CODECS
 
@@ -97,6 +97,11 @@ def rehearse(src: Source, dst: Path, session: Session, options: Options) -> str:
     )
 
 
+def output(text: str) -> Path:
+    """Read OUT; ``./-`` is a file of that name."""
+    return Path(text).absolute() if Path(text) == PIPE and text != str(PIPE) else Path(text)
+
+
 on_server, on_input, on_output, on_run = map(
     topic_options, ("The server", "What is read", "What is written", "The run")
 )
@@ -105,7 +110,7 @@ a_file = click.Path(path_type=Path)
 
 @click.command(cls=TopicCommand, context_settings={"auto_envvar_prefix": "UPSCALE", "max_content_width": 110})
 @click.argument("src", metavar="IN")
-@click.argument("dst", metavar="OUT", type=a_file)
+@click.argument("dst", metavar="OUT", type=output)
 @on_server("--url", default=DEFAULT_URL, metavar="A,B,...", help=f"gRPC addresses [{DEFAULT_URL}].")
 @on_server("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"The ensemble [{DEFAULT_MODEL}].")
 @on_server(
@@ -151,6 +156,7 @@ a_file = click.Path(path_type=Path)
     metavar="WHICH",
     help=f"auto: frames marked interlaced; on: all [{OFF}].",
 )
+@on_input("--recursive", is_flag=True, help="Take the folders in IN too, and make them in OUT.")
 @on_input("--allow-hdr", is_flag=True, help="Upscale PQ and HLG clips too, in 8 bits.")
 @on_input("--allow-damage", is_flag=True, help="Accept that frames cannot be read.")
 @on_output(
@@ -222,6 +228,7 @@ def main(
     square_pixels: bool,
     audio: str,
     no_subtitles: bool,
+    recursive: bool,
     allow_hdr: bool,
     restart: bool,
     allow_damage: bool,
@@ -244,24 +251,22 @@ def main(
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_verbose else logging.WARNING)
     progress = JsonProgress() if as_json else Progress() if quiet else ConsoleProgress()
     try:
-        jobs = jobs_from_arguments(src, dst, rate)
-        if src == str(PIPE) and dry_run:
-            raise UpscaleError("expected a clip that can be read twice for --dry-run, found standard input")
-        if dst == PIPE and (as_json or dry_run or len(jobs) > 1 or codec):
+        jobs = jobs_from_arguments(src, dst, rate, recursive)
+        if jobs[0][0].is_pipe and dry_run:
+            raise UpscaleError("expected a clip that can be read twice for --dry-run, found a pipe")
+        if is_pipe(dst) and (as_json or dry_run or len(jobs) > 1 or codec):
             raise UpscaleError(
                 "expected one clip for y4m on standard output, without --json, --dry-run, --codec"
             )
-        if (compare or report_page) and (len(jobs) > 1 or dry_run or PIPE in (dst, Path(src))):
+        if (compare or report_page) and (len(jobs) > 1 or dry_run or is_pipe(dst) or jobs[0][0].is_pipe):
             raise UpscaleError("expected one clip from a file to a file for --compare and --report")
         if reference and not (report_page and reference.exists()):
             raise UpscaleError(f"expected --report and an existing file for --reference, found {reference}")
         if compare:
             check_target(compare)
-        for extra in filter(None, (compare, report_page)):
-            if not extra.parent.is_dir():
-                raise UpscaleError(f"cannot write {extra}: expected a folder {extra.parent}; create it")
-        is_batch = len(jobs) > 1 or jobs[0][0].path != Path(src)
-        if not (is_batch or dry_run or overwrite) and jobs[0][1].exists():
+        check_extras(list(filter(None, (compare, report_page))), jobs, reference)
+        is_batch = len(jobs) > 1 or jobs[0][0].path not in (Path(src), Path(src).absolute())
+        if not (is_batch or dry_run or overwrite or is_pipe(dst)) and jobs[0][1].exists():
             raise UpscaleError(f"{jobs[0][1]} exists: pass --overwrite to replace it")
         if square_pixels and final_size:
             raise UpscaleError("expected --square-pixels or --final-size, found both")
@@ -286,7 +291,7 @@ def main(
         with open_session(url.split(","), model, security, patience, allow_mixed_weights) as session:
             if dry_run:
                 for one, out in jobs:
-                    click.echo(rehearse(one, out, session, options))
+                    echo(rehearse(one, out, session, options))
             elif is_batch:
                 if not run_all(jobs, session, options, progress, overwrite):
                     sys.exit(EXIT_FAILED)

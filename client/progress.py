@@ -30,6 +30,11 @@ DRAWN_PER_S = 2  # drawing takes processor time, which a server beside us needs
 EVENT_EVERY_S = 1.0
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Print a line; bytes of file names that are no text are shown as such."""
+    click.echo(text.encode("utf-8", "backslashreplace").decode(), err=err)
+
+
 class _Fps(ProgressColumn):
     """Frames per second of late."""
 
@@ -63,7 +68,7 @@ class Progress:
 
     def failed(self, src: Path, reason: str) -> None:
         """A clip of many could not be done."""
-        click.echo(f"{src}: {reason}", err=True)
+        echo(f"{src}: {reason}", err=True)
 
     def close(self) -> None:
         """The clip has ended, well or not."""
@@ -87,7 +92,12 @@ class ConsoleProgress(Progress):
         self._next_line_s = self._started_s + LINE_EVERY_S
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Fps())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Fps(),
+            )
             left = TimeRemainingColumn(elapsed_when_finished=True)
             self._bar = Bar(*columns, left, console=console, refresh_per_second=DRAWN_PER_S)
             self._task = self._bar.add_task(self._title, total=total or None, completed=done)
@@ -103,7 +113,7 @@ class ConsoleProgress(Progress):
             of_total = f"/{self._total}" if self._total else ""
             left_s = self._left_s()
             left = f", {left_s:.0f} s left" if left_s else ""
-            click.echo(f"{self._title}: frame {self._done}{of_total}, {self._fps():.1f} fps{left}", err=True)
+            echo(f"{self._title}: frame {self._done}{of_total}, {self._fps():.1f} fps{left}", err=True)
 
     def finished(self, dst: Path, result: Result) -> None:
         """One line that names the bottleneck."""
@@ -113,7 +123,7 @@ class ConsoleProgress(Progress):
         cuts = f", {len(result.cuts_s)} scene cut{'s' * (len(result.cuts_s) > 1)}" if result.cuts_s else ""
         (lr_height, lr_width), (hr_height, hr_width) = result.lr_size, result.hr_size
         sizes = f"{lr_width}x{lr_height} -> {hr_width}x{hr_height}"
-        click.echo(
+        echo(
             f"{dst}: {result.frames} frames{damaged}{cuts}, {sizes}, "
             f"{result.fps:.1f} fps; slowest stage: {slowest} ({stages})",
             err=dst == PIPE,
@@ -121,7 +131,7 @@ class ConsoleProgress(Progress):
 
     def skipped(self, dst: Path) -> None:
         """One line."""
-        click.echo(f"{dst}: is there already")
+        echo(f"{dst}: is there already")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -160,4 +170,4 @@ class JsonProgress(Progress):
 
     @staticmethod
     def _say(event: str, **facts: object) -> None:
-        click.echo(json.dumps({"event": event, **facts}))
+        echo(json.dumps({"event": event, **facts}))

@@ -28,7 +28,7 @@ from .video.encode import PNG, Encoding, write_segment, write_y4m
 from .video.images import Images, writes_images
 from .video.mux import Muxer
 from .video.picture import Picture, Range
-from .video.source import PIPE, Source
+from .video.source import Source, is_pipe
 from .video.times import Times
 
 REHEARSED_FRAMES = 3  # enough for an encoder to reorder them
@@ -88,7 +88,7 @@ def upscale(
                 ".mkv, or pass --max-frames 1"
             )
         run = Run(video, session, options, watcher)
-        if dst == PIPE:
+        if is_pipe(dst):
             run.stream(dst)
         else:
             run.make(source, dst, guard)
@@ -142,6 +142,8 @@ class Run:
             except UpscaleError as err:
                 kept = len(part.record().pts)
                 state = f"{kept} frames are kept in {part.folder}, the same command goes on from there"
+                if source.is_pipe:
+                    state = "a pipe cannot be read again: start over with --restart"
                 raise self._stopped(err, state) from err
             finally:
                 self._feed.close()
@@ -161,11 +163,11 @@ class Run:
             end += count
 
     def stream(self, dst: Path) -> None:
-        """Write y4m to standard output."""
+        """Write y4m to standard output, or to a named pipe."""
         hr_frames = self._start(dst, Record(), "rawvideo")
         try:
             with encoding_stage():
-                write_y4m(hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
+                write_y4m(dst, hr_frames, self._shapes.hr, self._options.encoding.pix_fmt)
             self._check_all_came()
             if len({after - before for before, after in pairwise(self._feed.record.pts)}) > 1:
                 log.warning("the frames of %s are not evenly spaced, which y4m cannot say", self._video.path)

@@ -18,7 +18,7 @@ from ..video.decode import Video
 from ..video.encode import PNG, encode, encoding_from_options
 from ..video.images import PNG_SUFFIX
 from ..video.picture import Picture, Range
-from ..video.source import Source
+from ..video.source import Source, file_url
 from ..video.streams import count_frames
 
 SAMPLES = 3  # frames in a picture, evenly spread over the clip
@@ -121,7 +121,7 @@ def _write_samples(target: Path, pairs: Iterator[tuple[Image, Image]], total: in
     ]
     sheet = _beside([row.transpose(1, 0, 2) for row in rows]).transpose(1, 0, 2)
     whole = replace(picture, size=(sheet.shape[0], sheet.shape[1]), sample_aspect_ratio=None)
-    with av.open(target, "w", container_options={"update": "1"}) as container:
+    with av.open(file_url(target), "w", container_options={"update": "1"}) as container:
         encode(container, [np.ascontiguousarray(sheet)], whole, PNG)
 
 
@@ -145,5 +145,5 @@ def _write_split(target: Path, pairs: Iterator[tuple[Image, Image]], picture: Pi
             frame[:, middle - LINE_PX // 2 : middle + LINE_PX // 2] = WHITE
             yield frame
 
-    with av.open(target, "w") as container:
+    with av.open(file_url(target), "w") as container:
         encode(container, frames(), picture, encoding_from_options("h264", None, None, None))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,6 +21,7 @@ from ..errors import UpscaleError
 from ..frames.windows import Image
 from .color import RGB, frame_from_rgb
 from .picture import Picture
+from .source import PIPE, file_url
 from .y4m import Y4M_FORMAT, Y4mOutput
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only; SVT-AV1 prints a banner per encoder otherwise
@@ -167,23 +170,25 @@ def write_segment(path: Path, hr_frames: Iterable[Image], picture: Picture, enco
         The number of frames written.
     """
     unfinished = path.with_suffix(".unfinished")
-    with av.open(unfinished, "w", format=encoding.codec.segment_format) as container:
+    with av.open(file_url(unfinished), "w", format=encoding.codec.segment_format) as container:
         count = encode(container, hr_frames, picture, encoding)
     rename(unfinished, path)
     return count
 
 
-def write_y4m(hr_frames: Iterable[Image], picture: Picture, pix_fmt: str) -> int:
-    """Write frames to standard output as y4m, which knows one frame rate and no times."""
+def write_y4m(out: Path, hr_frames: Iterable[Image], picture: Picture, pix_fmt: str) -> int:
+    """Write frames to standard output or a named pipe as y4m, which knows one frame rate and no times."""
     encoding = Encoding(Codec("rawvideo", pix_fmt), pix_fmt, ())
     deep = {"strict": "-1"}  # y4m of more than 8 bits is an extension
-    pipe = Y4mOutput(picture.sample_aspect_ratio)
-    try:
-        with av.open(
-            pipe, "w", format=Y4M_FORMAT, container_options=deep, buffer_size=PIPE_BYTES
-        ) as container:
-            return encode(container, hr_frames, picture, encoding)
-    except av.FFmpegError:
-        if pipe.failure:
-            raise pipe.failure from None
-        raise
+    with ExitStack() as files:
+        file = sys.stdout.buffer if out == PIPE else files.enter_context(out.open("wb"))
+        pipe = Y4mOutput(file, picture.sample_aspect_ratio)
+        try:
+            with av.open(
+                pipe, "w", format=Y4M_FORMAT, container_options=deep, buffer_size=PIPE_BYTES
+            ) as container:
+                return encode(container, hr_frames, picture, encoding)
+        except av.FFmpegError:
+            if pipe.failure:
+                raise pipe.failure from None
+            raise

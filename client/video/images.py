@@ -10,7 +10,7 @@ import av
 from av.packet import Packet
 
 from ..errors import UpscaleError
-from .source import Source
+from .source import Source, file_url
 from .stills import StillTags, tags_of
 from .times import Times
 
@@ -63,5 +63,5 @@ class Images:
 
 def _packets(segments: Sequence[Path]) -> Iterator[Packet[Any]]:
     for path in segments:
-        with av.open(path) as segment:
+        with av.open(file_url(path)) as segment:
             yield from (packet for packet in segment.demux(video=0) if packet.size)

@@ -19,7 +19,7 @@ from ..errors import UpscaleError
 from .encode import tag_stream
 from .matroska import ROOM
 from .picture import Picture
-from .source import Source
+from .source import Source, file_url
 from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import Span
 from .tracks import (
@@ -100,9 +100,9 @@ class Layout:
     ) -> None:
         self.source = files.enter_context(source.open())
         read_all(self.source)
-        first = files.enter_context(av.open(str(segment)))
+        first = files.enter_context(av.open(file_url(segment)))
         self.out = files.enter_context(
-            av.open(str(out), "w", container_options=_options(out, picture, self.source))
+            av.open(file_url(out), "w", container_options=_options(out, picture, self.source))
         )
         main = main_stream(self.source, selection)
         self.tracks: dict[int, Track] = {}

@@ -24,7 +24,7 @@ from .clock import MAY_REPEAT, packets_of
 from .layout import MP4_FAMILY, Forms, Layout, candidates, check_suffix, writes_aspect
 from .matroska import set_aspect
 from .picture import Picture
-from .source import Source
+from .source import Source, file_url
 from .streams import (
     EVERY_STREAM,
     Selection,
@@ -146,7 +146,7 @@ class Muxer:
     def _try_picture(self, segment: Path) -> None:
         failure = self._failure(segment, {})
         if failure:
-            with av.open(str(segment)) as container:
+            with av.open(file_url(segment)) as container:
                 codec = container.streams.video[0].name
             what = f"{self._out.suffix} files cannot hold {codec} pictures"
             if self._out.suffix.lower() == ".mkv":
@@ -256,7 +256,7 @@ class Muxer:
         """Packets of all segments in a row, with the times of the clip."""
         start = 0
         for path in segments:
-            with av.open(str(path)) as segment:
+            with av.open(file_url(path)) as segment:
                 stream = segment.streams.video[0]
                 ticks = 1 / (self._picture.rate * (stream.time_base or 1))  # per frame
                 count = 0

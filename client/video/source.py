@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,21 +19,40 @@ PIPE = Path("-")
 DEFAULT_RATE = Fraction(25)
 
 
+# What glob(3), as FFmpeg calls it, takes for a pattern; Python's own escaping leaves braces as they are.
+GLOB_MAGIC = re.compile(r"[\\*?\[\]{}~,]")
+
+
+def file_url(path: Path) -> str:
+    """Name a file for FFmpeg, which would take ``pipe:1`` or ``Alien: Part.mp4`` for a protocol."""
+    return f"file:{path}"
+
+
+def is_pipe(path: Path) -> bool:
+    """Whether y4m passes there: ``-``, or a named pipe such as ``/dev/fd/63``."""
+    return path == PIPE or path.is_fifo()
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is hidden, as ``.DS_Store`` and ``._film.mp4`` are."""
+    return path.name.startswith(".")
+
+
 @dataclass(frozen=True)
 class Source:
     """A file or folder that can be opened as often as needed, or standard input, which cannot."""
 
     path: Path
-    """``-`` is y4m on standard input."""
+    """``-`` is y4m on standard input; so is what a named pipe brings, such as ``/dev/fd/63``."""
     rate: Fraction = DEFAULT_RATE
     """Frames per second of a folder of images; files have their own."""
     stdin: Y4mInput = field(default_factory=Y4mInput, compare=False, repr=False)
-    """Where ``-`` is read from."""
+    """Where a pipe is read from."""
 
     @property
     def is_pipe(self) -> bool:
         """Whether it can be read only once."""
-        return self.path == PIPE
+        return is_pipe(self.path)
 
     @property
     def is_stills(self) -> bool:
@@ -49,7 +67,11 @@ class Source:
         """
         if not self.path.is_dir():
             return [self.path]
-        found = sorted(file for file in self.path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(
+            file
+            for file in self.path.iterdir()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file)
+        )
         kinds = Counter(file.suffix for file in found)
         if len(kinds) != 1:
             what = ", ".join(f"{count} {suffix}" for suffix, count in kinds.items()) or "none"
@@ -68,13 +90,18 @@ class Source:
         Raises:
             UpscaleError: It cannot be opened.
         """
-        path: str | Y4mInput = str(self.path)
+        path: str | Y4mInput = file_url(self.path)
         format_, options = None, {}
         if self.is_pipe:
+            if self.path != PIPE:
+                self.stdin.open(self.path)
             path, format_ = self.stdin, Y4M_FORMAT
         elif self.path.is_dir():
-            path = f"{glob.escape(str(self.path))}/*{self.files()[0].suffix}"
+            folder = GLOB_MAGIC.sub(r"\\\g<0>", str(self.path.absolute()))
+            path = f"{folder}/*{self.files()[0].suffix}"
             format_, options = "image2", {"pattern_type": "glob", "framerate": str(self.rate)}
+        elif self.is_stills and "%" in self.path.name:
+            format_, options = "image2", {"pattern_type": "none"}
         try:
             return av.open(path, "r", format=format_, container_options=options, metadata_errors="replace")
         except FileNotFoundError as err:

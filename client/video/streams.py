@@ -12,6 +12,7 @@ from av.stream import Discard, Disposition, Stream
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
+from .source import file_url
 
 NO_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
 DEFAULT_BONUS_PX = 5_000_000  # what FFmpeg's own choice adds for the default stream (ffmpeg_mux_init.c)
@@ -80,7 +81,7 @@ def _score(stream: VideoStream) -> int:
 
 def count_frames(path: Path) -> int:
     """How many pictures a file of ours has, without decoding them."""
-    with av.open(str(path)) as container:
+    with av.open(file_url(path)) as container:
         return sum(1 for packet in container.demux(main_stream(container)) if packet.size)
 
 

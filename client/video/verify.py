@@ -16,7 +16,7 @@ from ..errors import UpscaleError
 from .clock import packets_of
 from .layout import Forms, in_order
 from .picture import Picture
-from .source import Source
+from .source import Source, file_url
 from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import EVERYTHING, Span, Times
 from .tracks import AUDIO_CODECS
@@ -51,7 +51,7 @@ def verify_encoded_audio(path: Path, source: Source, selection: Selection, forms
     Raises:
         UpscaleError: It does not where it should.
     """
-    with av.open(str(path), metadata_errors="replace") as out, source.open() as old:
+    with av.open(file_url(path), metadata_errors="replace") as out, source.open() as old:
         sounds = [stream for stream in in_order(old, selection, forms) if stream.type == "audio"]
         before, after = _extents_s(old, sounds, span), _extents_s(out, out.streams.audio, EVERYTHING)
         rates = [getattr(stream.codec_context, "sample_rate", 0) or 1 for stream in sounds]
@@ -115,7 +115,7 @@ def verify(
         if expected != found:
             raise UpscaleError(f"{path} is not right: expected {what} {expected}, found {found}")
 
-    with av.open(str(path), metadata_errors="replace") as out, source.open() as old:
+    with av.open(file_url(path), metadata_errors="replace") as out, source.open() as old:
         main, new = main_stream(old, selection), main_stream(out)
         kept = in_order(old, selection, forms)
         has_data = any(stream.type == "data" for stream in kept)
@@ -134,7 +134,7 @@ def verify(
             for one, copy in zip(kept, there, strict=True)
             if one is not main and one.type != "attachment" and not is_cover(one)
         }
-    with av.open(str(path), metadata_errors="replace") as out:
+    with av.open(file_url(path), metadata_errors="replace") as out:
         read_all(out)
         found = _count(out, [out.streams[copy] for copy in copies.values()], EVERYTHING)
     for index, copy in copies.items():

