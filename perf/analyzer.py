@@ -101,12 +101,10 @@ class Analyzer:
     def measure(self, load: Load) -> Row:
         """One measurement of three windows, however much they differ.
 
-        Returns:
+        Returns, unless it fails or takes too long, which is a PerfError:
             ``fps`` over the windows after the first, in which requests in flight build up, ``windows_fps``,
             ``stable``, and of all windows ``requests`` and their latency percentiles ``p50_ms``, ``p90_ms``..
 
-        Raises:
-            PerfError: perf_analyzer failed or took too long.
         """
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "latency.csv"
@@ -173,11 +171,7 @@ def find_analyzer(folder: Path = FOLDER) -> Analyzer:
 
 
 def install(folder: Path = FOLDER) -> None:
-    """Put perf_analyzer, and links to the libraries in the server's wheel, into the folder.
-
-    Raises:
-        PerfError: The server's wheel is not installed, or pip cannot get the binary.
-    """
+    """Put perf_analyzer and links to the server's libraries into the folder. PerfError: one cannot be had."""
     (folder / "bin").mkdir(parents=True, exist_ok=True)
     (folder / "lib").mkdir(exist_ok=True)
     for name in LIBRARIES:  # auditwheel put a hash into their names
@@ -195,10 +189,8 @@ def install(folder: Path = FOLDER) -> None:
         if run.returncode or not wheels:
             reason = (run.stderr.strip().splitlines() or ["no wheel"])[-1]
             raise PerfError(f"pip cannot get {REQUIREMENT} ({reason}): check the package index")
-        part = folder / "bin/perf_analyzer.part"
-        part.write_bytes(zipfile.ZipFile(wheels[0]).read(BINARY))
-        part.chmod(0o755)
-        part.replace(folder / "bin/perf_analyzer")
+        (folder / "bin/perf_analyzer").write_bytes(zipfile.ZipFile(wheels[0]).read(BINARY))
+        (folder / "bin/perf_analyzer").chmod(0o755)
 
 
 @click.command(cls=Command)

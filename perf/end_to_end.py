@@ -1,8 +1,7 @@
 """``make bench``: file to file through server and client, beside perf_analyzer and bare ONNX Runtime.
 
-perf_analyzer sends the same server as many requests at once as the client does, over the same transport, and
-throws the answers away. The bare loop runs the same models in its own process, with its frames in memory.
-Neither decodes nor encodes. All have the same cores, and are measured in turns.
+perf_analyzer sends the same server as many requests at once as the client does, over the same transport. The
+bare loop runs the same models in its own process. Neither decodes nor encodes. All are measured in turns.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from perf.serving import MODELS, Repository, Serving, serve
 
 BARE = ((1, 1), (1, 2), (4, 2))  # batch, streams side by side
 ANALYZED, SERVED = "perf_analyzer", "file to file"
+FRAMES = 120  # of the clip; file to file they run there and back
 IN_FLIGHT_PER_INSTANCE = 2  # full batches that the client keeps under way
 MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # what mallopt(3) calls the variables
 
@@ -70,12 +70,8 @@ def chain(source: Repository, threads: int) -> Callable[[Frames], Frames]:
 
 
 def bare_fps(source: Repository, windows: Frames, batch: int, streams: int) -> float:
-    """Frames per second of ``streams`` chains side by side, which share the cores.
-
-    This process keeps its buffers from one run to the next, as the server does: otherwise serving would look
-    the cheaper for it.
-    """
-    for variable, size in MALLOC.items():
+    """Frames per second of ``streams`` chains side by side, which share the cores and keep their buffers."""
+    for variable, size in MALLOC.items():  # as the server has it
         ctypes.CDLL(None).mallopt(MALLOPT[variable], size)
     chains = [chain(source, max(1, len(os.sched_getaffinity(0)) // streams)) for _ in range(streams)]
     work = [windows[start : start + batch] for start in range(0, len(windows), batch)]
@@ -132,18 +128,15 @@ def one_round(source: Repository, lr: Frames, clip: Path) -> Iterator[tuple[str,
 
 @click.command(cls=Command)
 @click.option("--size", nargs=2, type=int, default=(180, 320), help="Lr height and width.")
-@click.option(
-    "--frames", type=click.IntRange(2, 130), default=120, help="File to file they run there and back."
-)
 @click.option("--rounds", default=3, help="Each side is measured so often, in turns.")
 @click.option("--repository", type=click.Path(path_type=Path), default=MODELS)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results; default: perf/results.")
 @click.option("--quick", is_flag=True, help="Toy sizes, to see that it runs; results go to build/perf/quick.")
-def main(size: Size, frames: int, rounds: int, repository: Path, out: Path | None, quick: bool) -> None:
+def main(size: Size, rounds: int, repository: Path, out: Path | None, quick: bool) -> None:
     """Measure what serving costs, on a clip of real frames."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     find_analyzer()
-    size, frames, rounds = ((32, 48), 8, 1) if quick else (size, frames, rounds)
+    size, frames, rounds = ((32, 48), 8, 1) if quick else (size, FRAMES, rounds)
     source, rows = Repository(repository), dict[str, Row]()
     lr = clips.read_frames(frames, size)
     result: dict[str, Any] = {

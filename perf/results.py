@@ -126,11 +126,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
 
 
 def load_folder(folder: Path) -> dict[str, Result]:
-    """Name -> result of every file in a folder.
-
-    Raises:
-        PerfError: There is none, or one is not readable or of another schema.
-    """
+    """Name -> result of every file in a folder. PerfError: there is none, or one is of another schema."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:

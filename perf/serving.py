@@ -72,11 +72,7 @@ class Repository:
         }
 
     def files(self) -> dict[str, Path]:
-        """Stage -> the file that it is served from; of plans for several GPUs, the first that is there.
-
-        Raises:
-            PerfError: A stage has none.
-        """
+        """Stage -> its file; of plans for several GPUs, the first that is there. PerfError: there is none."""
         found = {}
         for config in (self.configs[step.model_name] for step in self.steps):
             names = [config.default_model_filename or "model.onnx", *config.cc_model_filenames.values()]
@@ -159,11 +155,7 @@ def write_variant(source: Repository, folder: Path, serving: Serving) -> None:
 
 @contextmanager
 def serve(source: Repository, serving: Serving) -> Iterator[tuple[TritonServer, Watch]]:
-    """The embedded server with these settings, and a watch on its processes from their start.
-
-    Raises:
-        PerfError: The server does not start, or ended under the load.
-    """
+    """The embedded server and a watch on its processes. PerfError: it does not start, or ends under load."""
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         models = Path(folder) / "models"

@@ -108,10 +108,7 @@ def load_sweeps(path: Path = SWEEPS) -> dict[str, Sweep]:
 def chosen(names: tuple[str, ...], is_running: bool, quick: bool) -> list[Sweep]:
     """The sweeps of these names; without names all that this machine and server allow.
 
-    A GPU gives results names of their own, so that they do not overwrite a CPU's.
-
-    Raises:
-        PerfError: There is none of such a name, or it needs servers of its own where one is given.
+    A GPU gives results names of their own. PerfError: a name is unknown, or needs servers of our own.
     """
     sweeps, has_gpu = load_sweeps(), bool(gpu())
     known(names, sweeps, "sweeps")
@@ -140,11 +137,7 @@ class Runner:
     running: RunningServer | None = None  # measured instead of servers of our own
 
     def run(self, sweep: Sweep) -> Path:
-        """Measure every point in every round; returns the results file.
-
-        Raises:
-            PerfError: perf_analyzer failed or the server ended; the file has what was measured until then.
-        """
+        """Measure every point in every round; the results file has what was measured, also after an error."""
         rows = {point: {**point.settings(), "rounds": []} for point in sweep.points}
         result = {**self.facts(sweep), "stopped": "interrupted", "rows": list(rows.values())}
         task = self.progress.add_task(sweep.name, total=sweep.rounds * len(rows))
@@ -221,8 +214,8 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server is left behind
     sweeps, failed = chosen(names, url is not None, quick), []
     running = RunningServer(url, metrics_url or f"{url.rpartition(':')[0]}:8002") if url else None
+    out = out or (results.QUICK if quick else results.FOLDER)
     with Progress(console=results.console) as progress:
-        out = out or (results.QUICK if quick else results.FOLDER)
         runner = Runner(find_analyzer(), repository, out, progress, running)
         for sweep in sweeps:
             try:

@@ -2,8 +2,7 @@
 
 Names of weights are those of the published checkpoints. Every network takes (N, T, 3, H, W) float frames,
 0..1 RGB, and gives (N, T', 3, 4H, 4W): all frames of the clip where it is recurrent, the center frame where
-it looks through a window. Improved EDVR (Huang and Chen, WACV Workshops 2022) has neither code nor a public
-text: its line of the papers' table has published figures only.
+it looks through a window. Of Improved EDVR (WACV Workshops 2022) neither code nor text is public.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from perf.peers.edvr import WINDOW as EDVR_WINDOW
 from perf.peers.edvr import Edvr
 from perf.peers.rsdn import Rsdn
 
+PLANNED = "MST-GAN, pruned"  # what `make plans` compiles
 CLIP = 3  # frames of a recurrent network's clip; longer ones take longer and say the same per frame
 WINDOW = 3  # of ours
 WIDTHS = {
     "MST-GAN": BASELINE, "MST-GAN, pruned": PRUNED, "MST-GAN, compact": COMPACT, "MST-GAN, student": STUDENT,
 }  # fmt: skip
 OURS = {name: Network(partial(MstGan, widths), WINDOW, takes_bytes=True) for name, widths in WIDTHS.items()}
-PLANNED = "MST-GAN, pruned"  # what `make plans` compiles
 NETWORKS = {
     **OURS,
     "BasicVSR": Network(BasicVsr, CLIP, CLIP),

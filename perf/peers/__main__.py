@@ -1,7 +1,4 @@
-"""``make peers`` and ``make gpu``: ours and the papers' rivals on one device, beside its own ceilings.
-
-Every network runs in a process of its own, on the same frames; on a GPU our plans run as well.
-"""
+"""``make peers`` and ``make gpu``: ours and the papers' rivals on one device, beside its own ceilings."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from perf import results
 from perf.clips import Size
 from perf.gpu import BYTES, least_seconds, measure_ceilings, measure_plans
 from perf.machine import ROOT, Watch, machine
-from perf.network import COMPILED, ON_CPU, ON_GPU, in_process, time_network
+from perf.network import COMPILED, EAGER, ON_GPU, in_process, time_network
 from perf.peers import NETWORKS, OURS, PLANNED
 from perf.results import Command, PerfError, Row, figure, known
 
@@ -34,7 +31,7 @@ log = logging.getLogger(__name__)
 def runtimes(name: str, device: str) -> tuple[str, ...]:
     """What a network is measured in; rivals are not compiled, which takes minutes each."""
     if device == "cpu":
-        return ON_CPU
+        return (EAGER,)
     rest = tuple(one for one in ON_GPU if one != COMPILED)
     return ON_GPU + PLANS * (name == PLANNED) if name in OURS else rest
 

@@ -61,13 +61,8 @@ def backward_warp(image: Tensor, flow: Tensor, padding: str) -> Tensor:
 def deform_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     """Modulated deformable convolution (Zhu et al., CVPR 2019, equation 1): taps move and fade by pixel.
 
-    Args:
-        x: (N, C, H, W); outside there are zeros, and the size is kept.
-        offset: (N, 2 * groups * K, H, W): y, x of each of the K taps, group after group, in pixels.
-        mask: (N, groups * K, H, W): weight of each tap.
-        weight: (O, C, k, k), K = k * k, k odd.
-        bias: (O,).
-        groups: Parts of the channels with offsets of their own.
+    ``x`` is (N, C, H, W) with zeros outside, ``weight`` (O, C, k, k), ``bias`` (O,). Of each group of
+    channels ``offset``, (N, 2 * groups * k * k, H, W), has y, x of the taps in pixels, ``mask`` the weights.
     """
     n, c, h, w = x.shape
     kernel = weight.shape[-1]

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from requirements import missing
 
-from perf import end_to_end, ladder, quality, report, results, sweep
+from perf import end_to_end, ladder, report, results, sweep
 from perf.analyzer import Load, find_analyzer
 from perf.machine import ROOT
 from perf.peers.__main__ import main as peers_main
@@ -22,12 +22,12 @@ from perf.results import PerfError
 
 def test_the_default_test_clip_was_never_trained_on() -> None:
     """Big Buck Bunny is in the training footage; of the package's clips, this street scene is not."""
-    (clip,) = quality.read_clips(None, 6)
+    (clip,) = ladder.read_clips(None, 6)
 
     assert clip.name == "bikes.mp4"
     assert clip.truth.shape == (6, 128, 320, 3)
     assert clip.lr.shape == (6, 32, 80, 3)
-    found = quality.scores(clip.truth, clip)
+    found = ladder.scores_of(clip.truth, clip)
     assert (found["psnr_db"], found["ssim"], found["tof_px"]) == (np.inf, 1.0, 0.0)
 
 
@@ -35,13 +35,13 @@ def test_own_clips_and_those_that_do_not_fit(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (10, 144, 200, 3), np.uint8)
     end_to_end.write_clip(tmp_path / "a.mp4", frames)
 
-    (clip,) = quality.read_clips(tmp_path, 6)
+    (clip,) = ladder.read_clips(tmp_path, 6)
 
     assert (clip.name, clip.truth.shape, clip.lr.shape) == ("a.mp4", (6, 64, 96, 3), (6, 16, 24, 3))
     with pytest.raises(PerfError, match=r"expected 16 frames in a\.mp4, found fewer"):
-        quality.read_clips(tmp_path, 16)
+        ladder.read_clips(tmp_path, 16)
     with pytest.raises(PerfError, match="expected a folder of clips at"):
-        quality.read_clips(tmp_path / "none", 6)
+        ladder.read_clips(tmp_path / "none", 6)
 
 
 def test_every_round_of_a_row_follows_one_of_the_baseline(

@@ -210,7 +210,7 @@ def test_without_plans_the_row_says_how_to_get_them(tmp_path: Path) -> None:
 def test_a_slow_network_is_measured_on_a_smaller_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def seconds(one: Any, module: Any, runtime: str, size: Any, threads: int, times: int, device: str) -> Any:
+    def seconds(one: Any, module: Any, runtime: str, size: Any, times: int, device: str) -> Any:
         sizes.append(size)
         return repeat(size[0] * size[1] / (48 * 80), times)  # a second for the probe's 48x80
 

@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
-from perf import report, results, tables
+from perf import report, results
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = dict.fromkeys(tables.SETTINGS) | {
+SETTINGS = dict.fromkeys(report.SETTINGS) | {
     "size": [180, 320], "batch": 1, "concurrency": 8, "transport": "grpc",
 }  # fmt: skip
 
@@ -74,15 +74,15 @@ def test_the_least_delay_that_none_beats_beyond_the_spread(
     rows = [row(one, queue_delay_us=delay) for delay, one in fps.items()]
     light = [row((9.0, 9.1), queue_delay_us=delay, concurrency=1) for delay in fps]  # does not choose
 
-    assert tables.smallest_as_good([*rows, *light], "queue_delay_us") == choice
+    assert report.smallest_as_good([*rows, *light], "queue_delay_us") == choice
 
 
 def test_the_fewest_instances_are_as_good_at_every_batch() -> None:
     fps = {(1, 1): (5.0, 5.4), (1, 4): (6.0, 6.4), (2, 1): (5.8, 6.0), (2, 4): (6.2, 6.6)}
     rows = [row(one, instances=count, batch=batch) for (count, batch), one in fps.items()]
 
-    assert tables.smallest_as_good(rows, "instances") == 2  # one instance is beaten at batch 1
-    (said,) = tables.gains(rows).values()
+    assert report.smallest_as_good(rows, "instances") == 2  # one instance is beaten at batch 1
+    (said,) = report.gains(rows).values()
     assert said == ["1.14 (1.11-1.16)x, faster (batch 1)", "1.03x, faster (batch 4)"]
 
 
@@ -96,7 +96,7 @@ def test_streams_in_time_are_those_within_the_budget_from_enough_requests(
     rows = [row((rate, rate), weights="student", rate_fps=rate) for rate in (12.0, 24.0, 48.0)]
     rows[2]["rounds"] = [{**one, **change} for one in rows[2]["rounds"]]
 
-    assert tables.streams(rows, 250) == {"size 320x180": streams}
+    assert report.streams(rows, 250) == {"size 320x180": streams}
 
 
 def test_a_headline_is_a_median_of_enough_rounds_at_a_point_chosen_before() -> None:
@@ -124,8 +124,12 @@ def test_an_unfinished_sweep_and_a_disturbed_machine_are_marked() -> None:
 
 
 def test_a_row_of_the_ladder_has_a_ratio_only_of_rounds_beside_the_baseline() -> None:
-    facts = {"name": "x", "rounds": [{"fps": 10.0, "baseline_fps": 2.0}, {"fps": 9.0, "baseline_fps": 1.5}]}
+    facts = {
+        "name": "x",
+        "weights": "x",
+        "rounds": [{"fps": 10.0, "baseline_fps": 2.0}, {"fps": 9.0, "baseline_fps": 1.5}],
+    }
 
-    assert tables.ladder_cells(facts)["times the baseline"] == "5.5 (5.0-6.0)"
+    assert report.ladder_cells(facts, {"networks": {}, "clips": []})["times the baseline"] == "5.5 (5.0-6.0)"
     del facts["rounds"][0]["baseline_fps"], facts["rounds"][1]["baseline_fps"]  # type: ignore[union-attr]
-    assert tables.ladder_cells(facts)["times the baseline"] == "-"
+    assert report.ladder_cells(facts, {"networks": {}, "clips": []})["times the baseline"] == "-"
