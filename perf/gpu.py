@@ -55,8 +55,8 @@ def measure_ceilings(device: str, side: int, copy_bytes: int, repeats: int = 10)
 def int8_operands(side: int, device: str) -> tuple[Tensor, Tensor]:
     """Two (side, side) int8 matrices, row-major and column-major, as cuBLASLt's INT8 kernels take them.
 
-    Its tensor-core kernels know the TN format alone (cuBLAS documentation, ``cublasLtMatmul``), best on sides of
-    16n: with both row-major, ``torch._int_mm`` reached a sixth of FP16's rate on an H200.
+    Its tensor-core kernels know the TN format alone (cuBLAS documentation, ``cublasLtMatmul``), best on sides
+    of 16n: with both row-major, ``torch._int_mm`` reached a sixth of FP16's rate on an H200.
     """
     assert side % INT8_MULTIPLE == 0
     left, right = (torch.randint(-8, 8, (side, side), dtype=torch.int8, device=device) for _ in range(2))

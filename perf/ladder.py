@@ -79,7 +79,7 @@ def scores_of(answers: Frames, clip: EvaluationClip) -> dict[str, float]:
 
 @torch.inference_mode()
 def eager(weights: Path, windows: Frames, least_s: float) -> tuple[Frames, Row]:
-    """A checkpoint in eager PyTorch, FP32: (T, 3, H, W, 3) uint8 -> (T, 4H, 4W, 3) uint8, and then a round."""
+    """A checkpoint in eager PyTorch, FP32: (T, 3, H, W, 3) uint8 -> (T, 4H, 4W, 3) uint8, then a round."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # FP32 means FP32
     device = "cuda" if torch.cuda.is_available() else "cpu"
