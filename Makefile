@@ -89,7 +89,7 @@ bench: $(MODELS) perf-tools  ## File-to-file throughput against bare ONNX Runtim
 ladder: $(MODELS) perf-tools  ## From PyTorch FP32 to the fastest served: speed and quality  [LADDER_ARGS="--clips folder"]
 	$(BIN)/python -m perf.ladder $(if $(QUICK),--quick) $(LADDER_ARGS)
 
-measure: sweep bench peers ladder report  ## All of these and the report: two hours on two quiet cores  [QUICK=1: at toy size]
+measure: sweep bench peers ladder report  ## All of these and the report  [QUICK=1: toy size]
 
 gpu: setup  ## All networks on a GPU, against its roofline: ten minutes  [GPU_ARGS=...]
 	$(BIN)/python -m perf.peers --device cuda --size 720 1280 --rounds 20 --minutes 10 $(GPU_ARGS)
