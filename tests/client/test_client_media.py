@@ -361,19 +361,16 @@ def test_a_full_disk_is_not_taken_for_a_wrong_container(tmp_path, triton, film, 
     assert "cannot hold" not in line
 
 
-def test_another_picture_is_another_run(tmp_path, triton, film):
+def test_another_picture_is_another_run(tmp_path, triton, film, monkeypatch):
     """What was done of one video stream is not continued with the frames of another."""
+    from mst_gan_client.video.mux import Muxer
+
     source = ffmpeg("-i", film, *FILM, "-map", "0:v", "-map", "1:v", *H264, tmp_path / "in.mkv")
     out = tmp_path / "out.mkv"
-    triton.before_answer = lambda count: triton.requests > stop and triton.stop()
-    stop = triton.requests + 8
-    try:
-        stopped = run_client(source, out, "--url", triton.url, "--segment-frames", 3, "--patience", 0)
-        assert stopped.exit_code == 1
-    finally:
-        triton.before_answer = lambda count: None
-        triton.start()
-    assert list(Path(f"{out}.part").glob("*.segment"))
-    result = run_client(source, out, "--url", triton.url, "--segment-frames", 3, "--streams", "1")
+    arguments = (source, out, "--url", triton.url, "--segment-frames", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Muxer, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unplugged")))
+        assert run_client(*arguments).exit_code == 1
+    result = run_client(*arguments, "--streams", "1")
     assert result.exit_code == 1
     assert "holds an unfinished run with another picture" in result.output
