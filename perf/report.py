@@ -33,9 +33,7 @@ from perf.results import (
 
 FOLDER = Path(__file__).parent
 PAGE = ROOT / "build" / "perf" / "report.html"
-README_ROWS = ("pruned-int8-batched", "compact-int8", "student-int8")
-README_COLUMNS = ("row", "frames/s", "times the baseline", "loss dB")
-BEGIN, END = "<!-- python -m perf.report --readme -->", "<!-- end of perf.report -->"
+README_COLUMNS = ("row", "frames/s", "times the baseline", "peak MB", "loss dB")
 
 
 COMPARED = ("weights", "target", "instances", "transport")  # settings whose first value is the base
@@ -291,23 +289,17 @@ def _single_blank(text: str) -> str:
 
 
 def readme_table(found: Mapping[str, Result]) -> str:
-    """The small table that README shows, between its markers. PerfError: There is no ladder."""
+    """The ladder's figures that README shows. PerfError: there is no ladder."""
     if "ladder" not in found:
         raise PerfError("expected ladder.json among the results, found none: run `make ladder` first")
-    ladder = found["ladder"]
-    rows = [ladder_cells(row, ladder) for row in ladder["rows"] if row["key"] in README_ROWS]
-    head = (
-        f"320x180 to 1280x720, {machine_of(ladder)}, {ladder['machine']['date'][:10]}; median (least-most):"
-    )
-    return "\n".join(
-        [BEGIN, head, "", as_table([{key: row[key] for key in README_COLUMNS} for row in rows]), END]
-    )
+    cells = [ladder_cells(row, found["ladder"]) for row in found["ladder"]["rows"] if row["rounds"]]
+    return as_table([{key: one[key] for key in README_COLUMNS} for one in cells])
 
 
 @click.command(cls=Command)
 @click.option("--results", "folder", type=click.Path(path_type=Path), default=results.FOLDER)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for both; default: perf and build/perf.")
-@click.option("--readme", is_flag=True, help="Print the small table that README shows, and write nothing.")
+@click.option("--readme", is_flag=True, help="Print the figures that README shows, and write nothing.")
 @click.option("--quick", is_flag=True, help="Of the results of `--quick`, in build/perf/quick.")
 def main(folder: Path, out: Path | None, readme: bool, quick: bool) -> None:
     """Draw the report."""

