@@ -8,6 +8,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from client_fakes import FakeTriton, decoded, pictures, write_clip
 
@@ -45,6 +46,21 @@ def install(python: Path, wheel: Path) -> None:
     options = ("--no-compile", "--disable-pip-version-check")
     installed = run(python, "-m", "pip", "install", *options, wheel)
     assert installed.returncode == 0, installed.stderr
+
+
+def check_command(command: Path, folder: Path) -> None:
+    """The command shows its help, and upscales a clip exactly."""
+    usage = run(command, "--help", cwd=folder)
+    assert usage.returncode == 0, usage.stderr
+    assert "IN OUT" in usage.stdout
+    images = pictures(3)
+    clip = write_clip(folder / "in.mkv", images, codec="ffv1", pix_fmt="bgr0")
+    with FakeTriton() as triton:
+        lossless = ("--codec", "ffv1", "--pix-fmt", "bgr0")
+        done = run(command, clip, folder / "out.mkv", "--url", triton.url, *lossless, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    hr = [image.repeat(4, axis=0).repeat(4, axis=1) for image in images]
+    np.testing.assert_array_equal(decoded(folder / "out.mkv", "rgb24"), hr)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +103,6 @@ def test_the_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
 
 def test_the_installed_command_upscales_a_clip(environment: Path, tmp_path: Path) -> None:
     command = environment / "bin/mst-gan-upscale"
-    usage = run(command, "--help", cwd=tmp_path)
-    assert usage.returncode == 0, usage.stderr
-    assert "IN OUT" in usage.stdout
     where = run(environment / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     installed = {path.stem for path in Path(where.stdout.strip()).iterdir()}
     assert PACKAGE in installed
@@ -98,12 +111,7 @@ def test_the_installed_command_upscales_a_clip(environment: Path, tmp_path: Path
     }
     assert not installed & (generic - {"__init__", "__main__"})
 
-    images = pictures(3)
-    clip = write_clip(tmp_path / "in.mkv", images, codec="ffv1", pix_fmt="bgr0")
-    with FakeTriton() as triton:
-        done = run(command, clip, tmp_path / "out.mkv", "--url", triton.url, "--codec", "ffv1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [frame.shape for frame in decoded(tmp_path / "out.mkv")] == [(128, 192, 3)] * 3
+    check_command(command, tmp_path)
 
 
 def test_the_wheel_runs_on_another_python(wheel: Path, tmp_path: Path) -> None:
@@ -113,8 +121,7 @@ def test_the_wheel_runs_on_another_python(wheel: Path, tmp_path: Path) -> None:
     created = run(python, "-m", "venv", tmp_path / "other")
     assert created.returncode == 0, created.stderr
     install(tmp_path / "other/bin/python", wheel)
-    usage = run(tmp_path / "other/bin/mst-gan-upscale", "--help", cwd=tmp_path)
-    assert usage.returncode == 0, usage.stderr
+    check_command(tmp_path / "other/bin/mst-gan-upscale", tmp_path)
 
 
 def test_a_checkout_runs_without_being_installed(tmp_path: Path) -> None:
