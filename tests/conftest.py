@@ -28,6 +28,13 @@ pytest_plugins = ["leftovers"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay on one worker, and so do all that share the long build of a repository."""
+    for item in items:
+        shared = "built" if "built" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Where ``REQUIRE_ALL`` is set, as in CI, only tests that need a GPU may be skipped."""
