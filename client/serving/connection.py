@@ -29,8 +29,6 @@ FIRST_PAUSE_S = 0.25  # before a lost server is looked for again; doubles up to
 LONGEST_PAUSE_S = 5.0
 FIRST_BUSY_PAUSE_S = 0.05  # before a busy server is asked again; likewise
 LONGEST_BUSY_PAUSE_S = 2.0
-LATE_AFTER = 2  # times what a window usually takes at the server that could take it over
-LATE_FLOOR_S = 0.25
 
 
 class ServerProtocol(Protocol):
@@ -167,7 +165,7 @@ class Connection:
 
     def late_after_s(self, pixels: int) -> float:
         """After how long this server may take over a window that another one has."""
-        return max(LATE_FLOOR_S, LATE_AFTER * self.pace.usual_s(pixels))
+        return self.pace.late_s(pixels)
 
     def send(self, job: Job, answers: Answers) -> Attempt:
         """Send a window; the answer goes to a queue."""

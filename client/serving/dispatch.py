@@ -23,7 +23,7 @@ STOP, WAKE = "stop", "wake"  # put among the answers
 class Dispatch:
     """Sends every window to a server, and again if it must be; the first answer counts.
 
-    A window that is late is also sent to another server, the oldest first, when that server has nothing
+    A window that is late is also sent to a second server, the oldest first, when that server has nothing
     else to do. Answers to a window that has one already are dropped.
 
     Args:
@@ -119,11 +119,9 @@ class Dispatch:
 
     def _late_at_s(self, job: Job, connection: Connection) -> float:
         """When this server may take over a window, by the monotonic clock."""
-        if job.hr is not None or not job.under_way:
+        if job.hr is not None or len(job.under_way) != 1 or job.under_way[0].connection is connection:
             return float("inf")
-        if any(attempt.connection is connection for attempt in job.under_way):
-            return float("inf")
-        return max(attempt.sent_s for attempt in job.under_way) + connection.late_after_s(job.pixels)
+        return job.under_way[0].sent_s + connection.late_after_s(job.pixels)
 
     def _wait(self) -> bool:
         """Wait until something comes or is due, and take in all there is; return False to stop."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 GAIN, VARIANCE_GAIN, VARIANCES = 1 / 8, 1 / 4, 4  # smoothing of round-trip times after RFC 6298, section 2
 
-SILENT_AFTER = 8  # times the usual
+LATE_AFTER = 2  # times the usual
+LATE_FLOOR_S = 0.25
+SILENT_AFTER = 8
 SILENT_FLOOR_S = 10.0
 # Until a size of window has been answered: its time is a guess, and a first run may compile or tune.
+FIRST_LATE_FLOOR_S = 2.0
 FIRST_SILENT_AFTER = 16
 FIRST_SILENT_FLOOR_S = 60.0
 LONGEST_SILENCE_S = 900.0
@@ -42,6 +45,11 @@ class Pace:
     def usual_s(self, pixels: int) -> float:
         """How long a window of a size usually takes at most."""
         return pixels * (self._mean_s + VARIANCES * self._variance_s)
+
+    def late_s(self, pixels: int) -> float:
+        """After how long a window elsewhere is late: this server would probably have answered it by then."""
+        floor_s = FIRST_LATE_FLOOR_S if self._is_first(pixels) else LATE_FLOOR_S
+        return max(floor_s, LATE_AFTER * self.usual_s(pixels))
 
     def silence_s(self, pixels: int) -> float:
         """After how long without any answer a server that owes one counts as silent."""

@@ -49,6 +49,7 @@ def quick(monkeypatch):
     """Seconds instead of minutes."""
     monkeypatch.setattr(pace, "SILENT_FLOOR_S", 1.0)
     monkeypatch.setattr(pace, "FIRST_SILENT_FLOOR_S", 2.0)
+    monkeypatch.setattr(pace, "FIRST_LATE_FLOOR_S", 0.5)
     monkeypatch.setattr(connection, "LONGEST_BUSY_PAUSE_S", 0.1)
     monkeypatch.setattr(server_module, "ASK_TIMEOUT_S", 2.0)
     monkeypatch.setattr(server_module, "PROBE_AGAIN_TIMEOUT_S", 2.0)
