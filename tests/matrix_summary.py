@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         total = sum(cells.values(), Counter[str]())
         counts = ", ".join(f"{count} {outcome}" for outcome, count in total.most_common())
         terminalreporter.section(f"{title}: {total.total()} tests in {len(cells)} cells ({counts})")
-        rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
+        rows, columns = (sorted({key[i] for key in cells}) for i in range(2))
         lines = [["", *columns]]
         for row in rows:
             found = [cells.get((row, column), Counter[str]()) for column in columns]

@@ -70,10 +70,7 @@ class Dispatch:
                     self._in_order.popleft()
                     yield hr
                     self._progress_s = time.monotonic()  # the caller may have taken its time
-                if self._in_order:
-                    if not self._wait():
-                        return
-                elif not self._is_more:
+                if not (self._in_order or self._is_more) or not self._wait():
                     return
         finally:
             for connection in self._connections:
@@ -155,7 +152,8 @@ class Dispatch:
             if self._again or self._may_take_new:
                 due_s.append(free_at_s)
             else:
-                late_s = min(self._late_at_s(job, connection) for job in self._in_order)
+                late_at_s = (self._late_at_s(job, connection) for job in self._in_order)
+                late_s = min(late_at_s, default=float("inf"))
                 due_s.append(max(late_s, free_at_s))
         return min(due_s)
 

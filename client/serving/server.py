@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+import grpc
 from tritonclient.grpc import (
     InferenceServerClient,
     InferInput,
@@ -96,6 +97,9 @@ class Server:
         if address.name:
             self._options += [("grpc.ssl_target_name_override", address.name)] if address.tls else []
             self._options += [("grpc.default_authority", address.name)]
+        self._breaks = 0
+        """How often the connection broke; what is behind the address may have been replaced."""
+        self._breaks_checked = 0
         self._client = self._dial()
         try:
             self._ensemble = config = self._config(model)
@@ -110,7 +114,19 @@ class Server:
         self.in_flight = 2 * max(1, config.max_batch_size) * max(1, instances)
 
     def _dial(self) -> InferenceServerClient:
-        return InferenceServerClient(self.address, creds=self._credentials, channel_args=self._options)
+        client = InferenceServerClient(self.address, creds=self._credentials, channel_args=self._options)
+        was_ready = False
+
+        def changed(state: grpc.ChannelConnectivity) -> None:
+            nonlocal was_ready
+            if state is grpc.ChannelConnectivity.READY:
+                was_ready = True
+            elif was_ready:
+                was_ready = False
+                self._breaks += 1
+
+        client._channel.subscribe(changed)
+        return client
 
     def _config(self, model: str) -> ModelConfig:
         try:
@@ -140,7 +156,7 @@ class Server:
             InferenceServerException: It cannot.
             UpscaleError: It no longer answers as it did.
         """
-        model = self.contract.model
+        model, breaks = self.contract.model, self._breaks
         try:
             is_ready = self._client.is_model_ready(model, client_timeout=ASK_TIMEOUT_S)
         except InferenceServerException as err:
@@ -172,6 +188,9 @@ class Server:
                     f"expected the weights of before at {self.address}, found that it came back with others: "
                     f"{self._identity}, now {identity}, {difference}; serve the same model again"
                 )
+        if breaks != self._breaks:
+            raise _connection_broke()
+        self._breaks_checked = breaks
 
     def identity(self) -> Identity:
         """Tell the weights behind this server from others.
@@ -251,6 +270,9 @@ class Server:
             return _nothing_to_cancel
 
     def _send(self, lr_window: Image, done: Done) -> Cancel:
+        breaks = self._breaks
+        if breaks != self._breaks_checked:
+            raise _connection_broke()
         lr_input = InferInput(self.contract.input_name, [1, *lr_window.shape], "UINT8")
         hr_output = InferRequestedOutput(self.contract.output_name)
         ring = self._ring if self._ring and self._ring.lr_shape == lr_window.shape else None
@@ -274,6 +296,9 @@ class Server:
             ended = True
             self._calls.pop(call, None)
             hr = None
+            if result is not None and breaks != self._breaks:
+                # gRPC connects again by itself: this may come from a server that nobody has checked.
+                result, error = None, _connection_broke()
             try:
                 try:
                     if result is not None:
@@ -338,6 +363,10 @@ class Server:
 
 def _nothing_to_cancel() -> None:
     pass
+
+
+def _connection_broke() -> InferenceServerException:
+    return InferenceServerException("the connection broke", status="StatusCode.UNAVAILABLE")
 
 
 def speaks_http(address: str) -> bool:

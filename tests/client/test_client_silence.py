@@ -124,6 +124,19 @@ def test_a_silent_server_alone_ends_the_run_in_one_line(open_session, gate):
         gate.set()
 
 
+def test_a_round_that_begins_with_no_server_is_given_up_in_time_too(open_session):
+    """As the second clip of many, when the first has lost the last server."""
+    with FakeTriton() as triton:
+        session = open_session(triton.url, patience_s=0.5)
+        triton.stop()
+        for _ in range(2):
+            with pytest.raises(ServerError, match="found no server"):
+                values(session.hr_frames(lr_windows()))
+        triton.start()
+        session._patience_s = 60
+        assert values(session.hr_frames(lr_windows())) == IN_ORDER
+
+
 def test_a_server_that_pauses_goes_on_and_its_late_answers_count(open_session):
     """As one whose machine was suspended; nothing is twice in the output."""
     with FakeTriton(before_answer=lambda count: count == 30 and time.sleep(3)) as triton:
@@ -348,11 +361,13 @@ def test_more_windows_than_shared_memory_go_through_grpc(cuda):
     with FakeTriton(cuda=cuda) as triton:
         server = Server(triton.url, "mst_gan")
         server.share_memory((3, 16, 16, 3), "cuda")
+        slots = list(server._ring._free)
         server._ring._free.clear()
         answers = queue.SimpleQueue()
         server.ask(np.full((3, 16, 16, 3), 7, np.uint8), lambda *answer: answers.put(answer))
         assert answers.get(timeout=60)[0][0, 0, 0] == 7
         assert triton.cuda_requests == 0
+        server._ring._free.extend(slots)
         server.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ from client_fakes import (
     write_clip,
 )
 
+from mst_gan_client.errors import UpscaleError
 from mst_gan_client.serving.identity import SAMPLE_STEP, Identity, identity_of
+from mst_gan_client.serving.server import Server
+from mst_gan_client.serving.session import Session
 
 PUBLISHED = {"weights_digest": "aa11bb22cc33dd44", "weights_name": "mst_gan_pruned", "precision": "int8"}
 LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0", "--segment-frames", 7)
@@ -179,3 +183,26 @@ def test_a_server_that_comes_back_with_other_rounding_is_used_on(clip, tmp_path)
         triton.before_answer = restart
         result = run_on(clip, tmp_path / "out.mkv", triton)
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.5])
+def test_a_server_that_is_replaced_while_nothing_is_under_way(clip, pause_s):
+    """gRPC connects again by itself, and the next window would be answered by whoever is there now."""
+    with FakeTriton() as triton, closing(Server(triton.url, "mst_gan")) as server:
+        session = Session([server])
+
+        def lr_windows():
+            for t in range(40):
+                if t == 20:
+                    triton.stop()
+                    triton.network = sum_of_window
+                    triton.start()
+                    time.sleep(pause_s)
+                yield np.full((3, 16, 16, 3), t + 100, np.uint8)
+
+        answers = []
+        with pytest.raises(UpscaleError, match="found that it came back with others"):
+            answers.extend(session.hr_frames(lr_windows()))
+            pytest.fail("nobody noticed")
+        session.close()
+        assert [int(hr[0, 0, 0]) for hr in answers] == list(range(100, 100 + len(answers)))
