@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import http.client
 import logging
 import threading
@@ -34,6 +35,7 @@ from .transports.ring import RELEASE_TIMEOUT_S, Ring, kept_rings
 ASK_TIMEOUT_S = 20.0  # for questions about health and configuration: cheap, but the network may be slow
 PROBE_TIMEOUT_S = 300.0  # the window is tiny, but may wait behind the frames of others
 PROBE_AGAIN_TIMEOUT_S = 60.0  # of a server that was lost
+STOP_WATCHING_S = 0.5  # gRPC's thread looks every 0.2 s whether somebody wants it to watch
 NO_SECURITY = Security()
 CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
     # An hr frame of a 1280x720 clip is 44 MB; gRPC would stop at 4 MB.
@@ -101,6 +103,7 @@ class Server:
         """How often the connection broke; what is behind the address may have been replaced."""
         self._breaks_checked = 0
         self._client = self._dial()
+        atexit.register(self.close)  # later, gRPC would wait for its thread, which no longer runs
         try:
             self._ensemble = config = self._config(model)
             self.contract = contract_from_config(config, self.address)
@@ -115,18 +118,24 @@ class Server:
 
     def _dial(self) -> InferenceServerClient:
         client = InferenceServerClient(self.address, creds=self._credentials, channel_args=self._options)
-        was_ready = False
-
-        def changed(state: grpc.ChannelConnectivity) -> None:
-            nonlocal was_ready
-            if state is grpc.ChannelConnectivity.READY:
-                was_ready = True
-            elif was_ready:
-                was_ready = False
-                self._breaks += 1
-
-        client._channel.subscribe(changed)
+        self._was_ready = False
+        client._channel.subscribe(self._state_changed)
         return client
+
+    def _state_changed(self, state: grpc.ChannelConnectivity) -> None:
+        if state is grpc.ChannelConnectivity.READY:
+            self._was_ready = True
+        elif self._was_ready:
+            self._was_ready = False
+            self._breaks += 1
+
+    def _hang_up(self, client: InferenceServerClient) -> None:
+        """Close a connection, once gRPC's thread has stopped to watch it: it would end with a traceback."""
+        channel, until_s = client._channel, time.monotonic() + STOP_WATCHING_S
+        channel.unsubscribe(self._state_changed)
+        while channel._connectivity_state.polling and time.monotonic() < until_s:
+            time.sleep(0.01)
+        client.close()
 
     def _config(self, model: str) -> ModelConfig:
         try:
@@ -164,7 +173,7 @@ class Server:
                 # A connection that something on the way holds open looks well to gRPC: hang up, dial again.
                 with self._ring_lock:
                     given_up, self._client = self._client, self._dial()
-                    given_up.close()
+                    self._hang_up(given_up)
                     for ring in [*kept_rings(given_up), *([self._ring] if self._ring else [])]:
                         ring.client = self._client
             raise
@@ -354,11 +363,12 @@ class Server:
         if self._is_closed:
             return
         self._is_closed = True
+        atexit.unregister(self.close)
         for cancel in list(self._calls.values()):
             cancel()
         with self._ring_lock:
             self._close_ring(RELEASE_TIMEOUT_S)
-            self._client.close()
+            self._hang_up(self._client)
 
 
 def _nothing_to_cancel() -> None:

@@ -274,5 +274,4 @@ def test_twelve_servers_one_late_and_two_that_die_and_come_back(clip, tmp_path):
             triton.stop()
     assert result.exit_code == 0, result.output
     assert is_exact(out, frames)
-    assert late.requests > 0
-    assert all(triton.requests > 10 for triton in tritons if triton is not late)
+    assert all(triton.requests > 0 for triton in tritons)

@@ -133,3 +133,19 @@ def test_the_documented_example_runs(triton: FakeTriton, tmp_path: Path) -> None
         source = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     error = np.abs(np.stack(frames).astype(int) - np.stack([enlarged(image) for image in source]))
     assert error.mean() < 4  # H.264
+
+
+NEVER_CLOSED = """
+import sys
+import numpy as np
+from mst_gan_client import Upscaler
+
+upscaler = Upscaler(sys.argv[1])
+print(sum(1 for _ in upscaler.upscale([np.zeros((16, 16, 3), np.uint8)] * 5)))
+"""
+
+
+def test_a_program_that_never_closes_it_ends(triton: FakeTriton) -> None:
+    command = [sys.executable, "-c", NEVER_CLOSED, triton.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
