@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -115,6 +115,24 @@ def tag_stream(stream: VideoStream, picture: Picture) -> None:
     stream.colorspace = RGB if stream.format.is_rgb else picture.color.matrix
 
 
+@contextmanager
+def same_scheduling() -> Iterator[None]:
+    """Undo what a library does to the scheduling of this process's threads.
+
+    SVT-AV1, run as root, makes them real-time (``SCHED_FIFO`` 99): a server on the same cores would starve.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError):  # it has ended
+                os.sched_setscheduler(int(thread), policy, parameters)
+
+
 def encode(
     container: OutputContainer, hr_frames: Iterable[Image], picture: Picture, encoding: Encoding
 ) -> int:
@@ -148,7 +166,11 @@ def encode(
         for count, hr in enumerate(hr_frames, 1):
             frame = frame_from_rgb(hr, picture.size, encoding.pix_fmt, picture.color)
             frame.pts, frame.time_base = count - 1, 1 / picture.rate
-            mux(stream.encode(frame))
+            if count == 1:
+                with same_scheduling():
+                    mux(stream.encode(frame))  # opens the encoder
+            else:
+                mux(stream.encode(frame))
     finally:  # also when frames stop coming: what is there should be watchable
         mux(stream.encode(None))
     return count

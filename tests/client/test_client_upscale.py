@@ -373,3 +373,26 @@ def test_no_torch_and_no_export_is_loaded():
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_an_encoder_leaves_the_scheduling_of_the_process_alone(tmp_path):
+    """SVT-AV1 makes its process real-time, and a server on the same cores would starve."""
+    code = (
+        "import os, sys; from pathlib import Path; import numpy as np; from fractions import Fraction\n"
+        "from mst_gan_client.video.encode import encoding_from_options, write_segment\n"
+        "from mst_gan_client.video.decode import Video\n"
+        "from mst_gan_client.video.source import Source\n"
+        "with Video(Source(Path(sys.argv[1]))) as video: picture = video.picture\n"
+        "height, width = picture.size\n"
+        "def policies(): return {os.sched_getscheduler(int(t)) for t in os.listdir('/proc/self/task')}\n"
+        "def frames():\n"
+        "    for _ in range(3): yield np.zeros((height, width, 3), np.uint8); seen.update(policies())\n"
+        "before, seen = policies(), set()\n"
+        "encoding = encoding_from_options('av1', None, None, None)\n"
+        "write_segment(Path(sys.argv[2]), frames(), picture, encoding)\n"
+        "print(before == seen | policies())"
+    )
+    clip = write_clip(tmp_path / "in.mkv", pictures(2, 64, 64))
+    command = [sys.executable, "-c", code, str(clip), str(tmp_path / "out.segment")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True", done.stdout
