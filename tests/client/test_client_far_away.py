@@ -250,7 +250,12 @@ def test_twelve_servers_one_late_and_two_that_die_and_come_back(clip, tmp_path):
     tritons = [FakeTriton(before_answer=lambda _: time.sleep(0.03)) for _ in range(12)]
     late, *dying = tritons[3], tritons[7], tritons[11]
     late.stop()
-    started = threading.Event()
+    started, late_is_asked = threading.Event(), threading.Event()
+
+    def answer_slowly(count):
+        if count > 3:  # the clip must not be done before the late server has had its share
+            late_is_asked.wait(30)
+        time.sleep(0.03)
 
     def come_and_go():
         started.wait(60)
@@ -263,7 +268,10 @@ def test_twelve_servers_one_late_and_two_that_die_and_come_back(clip, tmp_path):
 
     thread = threading.Thread(target=come_and_go)
     thread.start()
-    tritons[0].before_answer = lambda count: (count == 3 and started.set()) or time.sleep(0.03)
+    for triton in tritons:
+        triton.before_answer = answer_slowly
+    late.before_answer = lambda _: late_is_asked.set()
+    tritons[0].before_answer = lambda count: (count == 3 and started.set()) or answer_slowly(count)
     try:
         urls = ",".join(triton.url for triton in tritons)
         result = run_client(frames, out, "--url", urls, *LOSSLESS)
