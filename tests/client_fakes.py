@@ -21,6 +21,8 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from mst_gan_client.cli import main
 
+LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")  # options of the client
+
 PARAMETERS = {
     "scale": "4",
     "window": "3",

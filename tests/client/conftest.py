@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import pytest
+from client_fakes import FakeTriton
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,10 @@ def certificate(tmp_path_factory):
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command, *names, *files], check=True, capture_output=True)
     return key, certificate
+
+
+@pytest.fixture
+def triton() -> Iterator[FakeTriton]:
+    """A server of its own for a test, which answers at once."""
+    with FakeTriton() as server:
+        yield server

@@ -10,12 +10,6 @@ from client_fakes import FakeTriton, decoded, frame_times, pictures, run_client,
 
 
 @pytest.fixture
-def triton():
-    with FakeTriton() as server:
-        yield server
-
-
-@pytest.fixture
 def folder(tmp_path):
     """Three clips, one of them broken, and a file that is no video."""
     films = tmp_path / "films"

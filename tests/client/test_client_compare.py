@@ -5,17 +5,9 @@ from __future__ import annotations
 import av
 import numpy as np
 import pytest
-from client_fakes import FakeTriton, decoded, frame_times, nearest, pictures, run_client, write_clip
+from client_fakes import LOSSLESS, decoded, frame_times, nearest, pictures, run_client, write_clip
 
 from mst_gan_client.reports.compare import detail, resized
-
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
-
-
-@pytest.fixture
-def triton():
-    with FakeTriton() as server:
-        yield server
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ import time
 
 import numpy as np
 import pytest
-from client_fakes import FakeTriton, decoded, frame_times, nearest, pictures, run_client, write_clip
+from client_fakes import LOSSLESS, FakeTriton, decoded, frame_times, nearest, pictures, run_client, write_clip
 from delay_proxy import Proxy
 
 from mst_gan_client.errors import ServerError, UpscaleError
 from mst_gan_client.serving.addresses import Address, address_from_url, addresses_from_url
 from mst_gan_client.serving.opening import open_session
 
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
 pytestmark = pytest.mark.timeout(180)
 
 

@@ -18,12 +18,6 @@ from mst_gan_client import FrameError, ServerError, UpscaleError, Upscaler
 README = Path(__file__).parents[2] / "client/README.md"
 
 
-@pytest.fixture
-def triton() -> Iterator[FakeTriton]:
-    with FakeTriton() as server:
-        yield server
-
-
 def enlarged(image: np.ndarray) -> np.ndarray:
     return image.repeat(4, axis=0).repeat(4, axis=1)
 

@@ -8,18 +8,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from client_fakes import FakeTriton, decoded, nearest, pictures, run_client, write_clip
+from client_fakes import LOSSLESS, decoded, nearest, pictures, run_client, write_clip
 from requirements import missing
 
 from mst_gan_client.reports.scores import luma, psnr_db, ssim
-
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
-
-
-@pytest.fixture
-def triton():
-    with FakeTriton() as server:
-        yield server
 
 
 @pytest.fixture

@@ -11,16 +11,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from client_fakes import FakeTriton, decoded, frame_times, nearest, pictures, run_client, write_clip
+from client_fakes import decoded, frame_times, nearest, pictures, run_client, write_clip
 
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 IMAGES = pictures(20)
-
-
-@pytest.fixture
-def triton():
-    with FakeTriton() as server:
-        yield server
 
 
 def client(triton, src, dst, *options, data=b""):

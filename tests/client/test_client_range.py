@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from client_fakes import (
+    LOSSLESS,
     FakeTriton,
     decoded,
     frame_times,
@@ -20,7 +21,6 @@ from client_fakes import (
 from mst_gan_client.options import height_and_width, seconds
 
 COUNT = 50
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,22 @@ import shutil
 
 import numpy as np
 import pytest
-from client_fakes import FakeTriton, decoded, frame_times, pictures, run_client, sum_of_window, write_clip
+from client_fakes import (
+    LOSSLESS,
+    FakeTriton,
+    decoded,
+    frame_times,
+    pictures,
+    run_client,
+    sum_of_window,
+    write_clip,
+)
 
 from mst_gan_client.record import SAMPLE_BYTES, SAMPLES, Record, input_identity
 from mst_gan_client.video.mux import Muxer
 from mst_gan_client.video.source import Source
 
 COUNT = 30
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
 
 
 @pytest.fixture(scope="module")

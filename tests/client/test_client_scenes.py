@@ -6,14 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from client_fakes import FakeTriton, decoded, run_client, sum_of_window, write_clip
+from client_fakes import LOSSLESS, FakeTriton, decoded, run_client, sum_of_window, write_clip
 
 from mst_gan_client.frames.scenes import CutDetector, thumbnail
 from mst_gan_client.video.decode import Video
 from mst_gan_client.video.picture import Frame, Range
 from mst_gan_client.video.source import Source
-
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
 
 
 def still(seed, height=72, width=128):

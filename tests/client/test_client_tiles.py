@@ -8,11 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from client_fakes import FakeTriton, decoded, ensemble_config, pictures, run_client, write_clip
+from client_fakes import LOSSLESS, FakeTriton, decoded, ensemble_config, pictures, run_client, write_clip
 
 from mst_gan_client.frames.tiles import OVERLAP_PX, Grid, grid_for
 
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
 RADIUS_PX = 6  # how far ``blur`` looks
 
 

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 from client_fakes import (
+    LOSSLESS,
     FakeTriton,
     decoded,
     ensemble_config,
@@ -27,13 +28,6 @@ from client_fakes import (
 )
 
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
-LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")
-
-
-@pytest.fixture
-def triton():
-    with FakeTriton() as server:
-        yield server
 
 
 @pytest.fixture

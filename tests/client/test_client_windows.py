@@ -22,7 +22,7 @@ def test_every_frame_has_its_window_and_clip_ends_repeat(clip, expected):
 
 @pytest.mark.parametrize("count", range(8))
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
-def test_windows_of_any_size_are_centerd_on_their_frame(count, size):
+def test_windows_of_any_size_are_centered_on_their_frame(count, size):
     half = size // 2
     expected = [
         tuple(min(max(t + offset, 0), count - 1) for offset in range(-half, half + 1)) for t in range(count)
