@@ -11,7 +11,7 @@ LADDER_ARGS ?=
 GPU_ARGS ?=
 EVALUATE_ARGS ?=
 # Two files of tests at a time: many of them wait more than they compute.
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -137,7 +137,7 @@ def check_server(url: str | None) -> Iterator[Finding]:
     if lacking:
         yield Finding(
             "warn", "server", f"{server}: lacks the fixes of security bulletins {'; '.join(lacking)}",
-            "use nvcr.io/nvidia/tritonserver:26.07-py3 or newer where strangers can reach the server",
+            "use nvcr.io/nvidia/tritonserver:26.07-py3 or newer where others can reach the server",
         )  # fmt: skip
     else:
         yield Finding("ok", "server", f"{server}: has all known security fixes up to 26.07")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from matrix_summary import matrix_cell, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 from tiny_network import LIGHT, TINY, run_build, shake
 from toy_models import add_batch_witness, build_toy_models
@@ -26,13 +27,6 @@ pytest_plugins = ["leftovers"]
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and with them every client they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay on one worker, and so do all that share the long build of a repository."""
-    for item in items:
-        shared = "built" if "built" in getattr(item, "fixturenames", ()) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -91,8 +85,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that one successful build for the CPU has filled; not to be changed."""
-    folder = tmp_path_factory.mktemp("built")
-    result = run_build(checkpoint, folder, "--target", "cpu")
-    assert result.exit_code == 0, result.output
+    """A folder that one successful build for the CPU has filled; not to be changed.
+
+    Building takes minutes, so the first worker of pytest-xdist that needs it builds for all.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of this run, with one folder for each worker
+    folder /= "built"
+    is_done = folder / "done"
+    with FileLock(folder.with_suffix(".lock")):
+        if not is_done.exists():
+            folder.mkdir(exist_ok=True)
+            result = run_build(checkpoint, folder, "--target", "cpu")
+            assert result.exit_code == 0, result.output
+            is_done.touch()
     return folder

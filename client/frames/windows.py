@@ -22,7 +22,7 @@ def never(before: Item, after: Item) -> bool:
 def windows(
     frames: Iterable[Item], size: int, is_cut: Callable[[Item, Item], bool] = never
 ) -> Iterator[tuple[Item, ...]]:
-    """Yield one window of ``size`` (odd) frames per frame, centerd on it, in order.
+    """Yield one window of ``size`` (odd) frames per frame, centered on it, in order.
 
     A clip is a row of shots, and a window never looks out of its shot: both ends of a shot repeat
     their edge frame. Without cuts the whole clip is one shot.

@@ -17,9 +17,8 @@ DIGEST, NAME, PRECISION, VERSION = "weights_digest", "weights_name", "precision"
 IDENTITY_PARAMETERS = (DIGEST, NAME, PRECISION, VERSION)  # of the ensemble; servers of old exports have none
 MUST_AGREE = (DIGEST, PRECISION)  # the others are for people
 
-TOLERANCE = (
-    1  # gray levels: a GPU that starts again may choose other kernels, and rounds a last bit differently
-)
+# Gray levels: a GPU that starts again may choose other kernels, and rounds a last bit differently.
+TOLERANCE = 1
 SAMPLE_STEP = 13  # shares no factor with 3 channels or 4x4 sub-pixels, so the sample has all of them
 SHOWN_DIGITS = 12  # of a digest; all of them are in the manifest and in the ensemble's config
 

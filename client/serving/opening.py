@@ -48,7 +48,12 @@ def open_session(
     with ExitStack() as stack:
         stack.callback(opener.close)
         servers, absent = opener.open(_addresses_from_urls(urls))
-        session = Session(_without_twins(servers), patience_s, 900.0, allow_mixed_weights, absent)
+        session = Session(
+            _without_twins(servers),
+            patience_s=patience_s,
+            allow_mixed_weights=allow_mixed_weights,
+            absent=absent,
+        )
         stack.callback(session.close)
         yield session
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -166,10 +166,7 @@ def encode(
         for count, hr in enumerate(hr_frames, 1):
             frame = frame_from_rgb(hr, picture.size, encoding.pix_fmt, picture.color)
             frame.pts, frame.time_base = count - 1, 1 / picture.rate
-            if count == 1:
-                with same_scheduling():
-                    mux(stream.encode(frame))  # opens the encoder
-            else:
+            with same_scheduling() if count == 1 else nullcontext():  # the first one opens the encoder
                 mux(stream.encode(frame))
     finally:  # also when frames stop coming: what is there should be watchable
         mux(stream.encode(None))
