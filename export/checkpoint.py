@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan
+from export.network.stream import STREAM_WIDTHS, StreamNetwork
 from export.paths import atomic_write
 
 FOLDER = Path(__file__).parent / "checkpoints"
@@ -19,7 +22,10 @@ RENAMED = {"full": "stem", "join": "fuse", "detail": "body", "tail": "head"}
 """Parts of the generator that had other names in files of release 0.1, which are still read: old -> new."""
 
 
-def save_checkpoint(network: MstGan, path: Path, metadata: Mapping[str, str]) -> None:
+Network = TypeVar("Network", MstGan, StreamNetwork)
+
+
+def save_checkpoint(network: MstGan | StreamNetwork, path: Path, metadata: Mapping[str, str]) -> None:
     """Write the weights as FP16; ``path`` changes only once the whole file is there.
 
     Raises:
@@ -37,21 +43,38 @@ def load_checkpoint(path: Path) -> MstGan:
         ExportError: no such file, not safetensors, unknown widths, keys and shapes that do not fit them, or
             weights that are not finite numbers.
     """
+    widths, state = _read(path, WIDTHS)
+    return _fill(MstGan(WIDTHS[widths]), {_current_name(name): value for name, value in state.items()}, path)
+
+
+def load_stream_checkpoint(path: Path) -> StreamNetwork:
+    """Read a recurrent network's checkpoint, as ``load_checkpoint`` does a window network's."""
+    widths, state = _read(path, STREAM_WIDTHS)
+    return _fill(StreamNetwork(STREAM_WIDTHS[widths]), state, path)
+
+
+def _read(path: Path, tables: Mapping[str, object]) -> tuple[str, dict[str, Tensor]]:
+    """Name of the widths, one of ``tables``, and all tensors as FP32."""
     if not path.is_file():
         raise ExportError(f"expected a checkpoint at {path}, found no file; pass --checkpoint, or train one")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {_current_name(name): file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as err:
         raise ExportError(f"expected {path} to be a safetensors file, found something else ({err})") from err
     widths = metadata.get("widths", "")
-    if widths not in WIDTHS:
+    if widths not in tables:
         raise ExportError(
-            f"expected 'widths' in the header of {path} to be one of {', '.join(WIDTHS)}, found {widths!r}; "
+            f"expected 'widths' in the header of {path} to be one of {', '.join(tables)}, found {widths!r}; "
             "save it with export.checkpoint.save_checkpoint"
         )
-    network = MstGan(WIDTHS[widths])
+    return widths, state
+
+
+def _fill(network: Network, state: dict[str, Tensor], path: Path) -> Network:
+    """Put checked weights into a network."""
+    widths = network.widths.name
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -15,10 +15,9 @@ from time import monotonic
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from export.checkpoint import save_checkpoint
 from export.data.degradations import bi
 from export.data.sequences import Sequences, SequenceSampler
 from export.errors import ExportError
@@ -123,7 +122,7 @@ class StreamTrainer:
         try:
             with atomic_write(self.out / STATE_FILE) as partial:
                 torch.save(state, partial)
-            save_weights(self.ema, self.out / EMA_FILE, {"recipe": json.dumps(recipe)})
+            save_checkpoint(self.ema, self.out / EMA_FILE, {"recipe": json.dumps(recipe)})
         except (OSError, RuntimeError) as err:  # torch reports a full disk as RuntimeError
             raise ExportError(
                 f"expected to save step {self.step} to {self.out}, found {str(err).partition(chr(10))[0]}; "
@@ -252,29 +251,3 @@ def _window_answers(
     with torch.no_grad():
         flow, aligned, _ = network.flow_align.align(windows)
     return network.generator.generate(windows, flow, aligned)
-
-
-def save_weights(network: StreamNetwork | MstGan, path: Path, metadata: dict[str, str]) -> None:
-    """Write the weights as FP16 safetensors; ``path`` changes only once the whole file is there."""
-    state = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    with atomic_write(path) as partial:
-        save_file(state, partial, {"widths": network.widths.name, **metadata})
-
-
-def load_stream(path: Path) -> StreamNetwork:
-    """Read what ``save_weights`` wrote into an FP32 network in evaluation mode.
-
-    Raises:
-        ExportError: no such file, or not a recurrent network's.
-    """
-    if not path.is_file():
-        raise ExportError(f"expected a checkpoint at {path}, found no file; train one with train-stream")
-    with safe_open(path, framework="pt") as file:
-        widths = (file.metadata() or {}).get("widths", "")
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
-    if widths not in STREAM_WIDTHS:
-        known = ", ".join(STREAM_WIDTHS)
-        raise ExportError(f"expected 'widths' in the header of {path} to be one of {known}, found {widths!r}")
-    network = StreamNetwork(STREAM_WIDTHS[widths])
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False)

@@ -71,14 +71,13 @@ def evaluate_stream(
     clips: Path, names: Path | None, cache: Path, checkpoint: Path, window: Path | None, frames: int
 ) -> None:
     """Print gains in PSNR-Y over bicubic as JSON, by clip and by how many frames came before."""
-    from export.checkpoint import load_checkpoint
+    from export.checkpoint import load_checkpoint, load_stream_checkpoint
     from export.data.evaluation_clips import find_sources
     from export.network import MstGan
     from export.network.stream import StreamNetwork
-    from export.training.stream import load_stream
     from export.training.stream_evaluation import by_age, first_scene, mean_by_age, psnr_by_frame
 
-    networks: dict[str, StreamNetwork | MstGan] = {"stream": load_stream(checkpoint)}
+    networks: dict[str, StreamNetwork | MstGan] = {"stream": load_stream_checkpoint(checkpoint)}
     if window:
         networks["window"] = load_checkpoint(window)
     gains: dict[str, dict[str, dict[str, float]]] = {name: {} for name in networks}

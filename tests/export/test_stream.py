@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from export import spec
-from export.checkpoint import load_checkpoint
+from export.checkpoint import load_checkpoint, load_stream_checkpoint
 from export.network import STUDENT, MstGan, Widths, stream
 from export.network.flow import backward_warp
 from export.network.frames import to_uint8
@@ -24,7 +24,6 @@ from export.network.stream import (
     count_stream,
     from_window_network,
 )
-from export.training.stream import load_stream
 
 CHECKPOINTS = Path(__file__).parents[2] / "export" / "checkpoints"
 UNFINISHED = CHECKPOINTS / "unfinished" / "stream.safetensors"
@@ -202,7 +201,7 @@ def distances(network: StreamNetwork, scenes: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("weights", ["tiny", "trained"])
 def test_600_frames_without_drift(weights: str) -> None:
-    network = load_stream(UNFINISHED) if weights == "trained" else shaken(std=0.02)
+    network = load_stream_checkpoint(UNFINISHED) if weights == "trained" else shaken(std=0.02)
     far = distances(network, hard_scenes(600))
     early, late = far[10:50].mean(0), far[-100:].mean(0)
     assert (late <= 1.05 * early + 0.2).all(), (early, late)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from export.checkpoint import load_stream_checkpoint
 from export.data import sequences
 from export.data.evaluation_clips import EvaluationClip
 from export.data.sequences import HR_CROP, Scene, SequenceSampler, load_scenes
@@ -15,7 +16,7 @@ from export.errors import ExportError
 from export.network import WIDTHS, Widths
 from export.network.stream import STREAM_WIDTHS, StreamWidths
 from export.training import stream
-from export.training.stream import StreamOptions, StreamTrainer, load_stream
+from export.training.stream import StreamOptions, StreamTrainer
 from export.training.stream_evaluation import by_age, psnr_by_frame
 
 CHECKPOINTS = Path(__file__).parents[2] / "export" / "checkpoints"
@@ -162,7 +163,7 @@ def test_the_control_is_a_window_network_on_the_same_frames(
 def test_weights_come_back_and_are_scored_by_age(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.save()
-    network = load_stream(tmp_path / "ema.safetensors")
+    network = load_stream_checkpoint(tmp_path / "ema.safetensors")
     truth = squares(7).frames[:, :160, :256]
     lr = (stream.bi(torch.from_numpy(truth).permute(0, 3, 1, 2)[None] / 255)[0] * 255).round()
     scene = EvaluationClip("squares", truth, lr.to(torch.uint8).permute(0, 2, 3, 1).numpy())
@@ -170,13 +171,13 @@ def test_weights_come_back_and_are_scored_by_age(tmp_path: Path) -> None:
     assert np.abs(gain).max() < 0.05  # untrained: bicubic
     assert by_age(np.arange(7.0)) == {"0": 0, "1": 1, "2": 2, "3-4": 3.5, "5-9": 5.5, "all": 3}
     with pytest.raises(ExportError, match="expected a checkpoint"):
-        load_stream(tmp_path / "none.safetensors")
+        load_stream_checkpoint(tmp_path / "none.safetensors")
 
 
 def test_the_committed_unfinished_run_resumes(tmp_path: Path) -> None:
     shutil.copy(CHECKPOINTS / "unfinished" / "stream_state.pt", tmp_path / "state.pt")
     run = StreamTrainer(StreamOptions(), SequenceSampler([squares()], [], seed=0), tmp_path)
-    served = load_stream(CHECKPOINTS / "unfinished" / "stream.safetensors")
+    served = load_stream_checkpoint(CHECKPOINTS / "unfinished" / "stream.safetensors")
     assert run.step > 0
     for mine, theirs in zip(run.ema.parameters(), served.parameters(), strict=True):
         assert torch.equal(mine.half().float(), theirs)
