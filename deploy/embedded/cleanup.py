@@ -48,19 +48,8 @@ def remove_leftovers() -> None:
     """
     for path in regions("mst_gan_"):
         owner = re.match(r"mst_gan_(\d+)_(\d+)_", path.name)
-        if owner and int(owner[1]) == pid_namespace() and not is_alive(int(owner[2])):
+        if owner and int(owner[1]) == pid_namespace() and not psutil.pid_exists(int(owner[2])):
             path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is such a process; zombies count until they are reaped."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def clean(prefix: str, server: int) -> None:
