@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,6 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
+from .awake import awake_s
 from .contract import Contract
 from .faults import SILENT_STATUS
 from .identity import Identity
@@ -159,7 +159,7 @@ class Connection:
         return self.free_at_s() is not None and now_s >= self._not_before_s
 
     def free_at_s(self) -> float | None:
-        """From when it can be sent a window, by the monotonic clock; None: it has all it may have."""
+        """From when it can be sent a window, by ``awake_s``; None: it has all it may have."""
         is_full = self.state is not State.UP or len(self._attempts) >= int(self._limit)
         return None if is_full else self._not_before_s
 
@@ -170,7 +170,7 @@ class Connection:
     def send(self, job: Job, answers: Answers) -> Attempt:
         """Send a window; the answer goes to a queue."""
         assert self.server and job.lr_window is not None
-        attempt = Attempt(job, self, answers, time.monotonic())
+        attempt = Attempt(job, self, answers, awake_s())
 
         def done(hr: Image | None, error: InferenceServerException | None) -> None:
             self._note(attempt, hr is not None)
@@ -185,7 +185,7 @@ class Connection:
     def _note(self, attempt: Attempt, is_answer: bool) -> None:
         """Take in that something came from the server."""
         with self._lock:
-            now_s = self._heard_s = time.monotonic()
+            now_s = self._heard_s = awake_s()
             self._attempts.discard(attempt)
             if not is_answer:
                 return
@@ -205,7 +205,7 @@ class Connection:
         with self._lock:
             if attempt.sent_s < self._decreased_s:
                 return
-            self._decreased_s = time.monotonic()
+            self._decreased_s = awake_s()
             if self.server and self._limit == self.server.in_flight and is_busy:
                 log.info("%s is busy: it gets fewer windows at once", self.address)
             self._limit = max(1.0, self._limit / 2)
@@ -215,7 +215,7 @@ class Connection:
                 self._busy_pause_s = min(2 * self._busy_pause_s, LONGEST_BUSY_PAUSE_S)
 
     def silent_at_s(self) -> float | None:
-        """When it counts as silent unless something comes from it, by the monotonic clock."""
+        """When it counts as silent unless something comes from it, by ``awake_s``."""
         with self._lock:
             oldest = min(self._attempts, key=lambda attempt: attempt.sent_s, default=None)
             if oldest is None:
@@ -226,10 +226,10 @@ class Connection:
         """Count the server as lost if it has owed an answer too long; those that yet come are still taken."""
         with self._lock:
             silent_at_s = self.silent_at_s()
-            if silent_at_s is None or time.monotonic() < silent_at_s:
+            if silent_at_s is None or awake_s() < silent_at_s:
                 return
             attempts, self._attempts = self._attempts, set()
-            silent_s = time.monotonic() - min(attempt.sent_s for attempt in attempts)
+            silent_s = awake_s() - min(attempt.sent_s for attempt in attempts)
             self.pace.was_silent()
         error = InferenceServerException(f"no answer for {silent_s:.0f} s", status=SILENT_STATUS)
         for attempt in attempts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import queue
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -12,6 +11,7 @@ from tritonclient.utils import InferenceServerException
 
 from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
+from .awake import awake_s
 from .connection import Answers, Attempt, Connection, Job, News, State
 from .faults import Fault, fault_of
 from .server import START_HINT
@@ -55,7 +55,7 @@ class Dispatch:
         self._is_more = True
         self._in_order: deque[Job] = deque()
         self._again: list[Job] = []
-        self._progress_s = self._server_seen_s = time.monotonic()
+        self._progress_s = self._server_seen_s = awake_s()
 
     def run(self) -> Iterator[Image]:
         """Yield the hr frame of every window, in the order of the windows.
@@ -69,7 +69,7 @@ class Dispatch:
                 while self._in_order and (hr := self._in_order[0].hr) is not None:
                     self._in_order.popleft()
                     yield hr
-                    self._progress_s = time.monotonic()  # the caller may have taken its time
+                    self._progress_s = awake_s()  # the caller may have taken its time
                 if not (self._in_order or self._is_more) or not self._wait():
                     return
         finally:
@@ -78,7 +78,7 @@ class Dispatch:
 
     def _send(self) -> None:
         """Give the servers what they can take."""
-        while free := [one for one in self._connections if one.has_room(time.monotonic())]:
+        while free := [one for one in self._connections if one.has_room(awake_s())]:
             connection = min(free, key=lambda one: one.load)
             job = self._next_job()
             if job is None:
@@ -111,18 +111,18 @@ class Dispatch:
 
     def _late_job(self, connection: Connection) -> Job | None:
         """The oldest window that is late elsewhere and that this server has not been sent."""
-        now_s = time.monotonic()
+        now_s = awake_s()
         return next((job for job in self._in_order if self._late_at_s(job, connection) <= now_s), None)
 
     def _late_at_s(self, job: Job, connection: Connection) -> float:
-        """When this server may take over a window, by the monotonic clock."""
+        """When this server may take over a window, by ``awake_s``."""
         if job.hr is not None or len(job.under_way) != 1 or job.under_way[0].connection is connection:
             return float("inf")
         return job.under_way[0].sent_s + connection.late_after_s(job.pixels)
 
     def _wait(self) -> bool:
         """Wait until something comes or is due, and take in all there is; return False to stop."""
-        started_s = time.monotonic()
+        started_s = awake_s()
         try:
             news = self.answers.get(timeout=max(0.0, self._due_s() - started_s))
             self._note_servers()
@@ -134,7 +134,7 @@ class Dispatch:
                 news = self.answers.get_nowait()
         except queue.Empty:
             pass
-        self.wait_s += time.monotonic() - started_s
+        self.wait_s += awake_s() - started_s
         self._note_servers()
         for connection in self._connections:
             connection.give_up_if_silent()
@@ -142,7 +142,7 @@ class Dispatch:
         return True
 
     def _due_s(self) -> float:
-        """When there is something to do even if nothing comes, by the monotonic clock."""
+        """When there is something to do even if nothing comes, by ``awake_s``."""
         due_s = [self._give_up_at_s()]
         for connection in self._connections:
             due_s.append(connection.silent_at_s() or float("inf"))
@@ -164,7 +164,7 @@ class Dispatch:
         if is_awaited:
             job.under_way.remove(attempt)
         if error is None:
-            self._progress_s = self._server_seen_s = time.monotonic()
+            self._progress_s = self._server_seen_s = awake_s()
             if job.hr is None:  # the first answer, be it of an attempt that was given up
                 job.hr, job.lr_window = hr, None
                 for slower in job.under_way:
@@ -194,7 +194,7 @@ class Dispatch:
 
     def _note_servers(self) -> None:
         if any(one.state is State.UP for one in self._connections):
-            self._server_seen_s = time.monotonic()  # patience starts when the last one is gone
+            self._server_seen_s = awake_s()  # patience starts when the last one is gone
 
     def _give_up_at_s(self) -> float:
         if any(one.state is State.UP for one in self._connections):
@@ -204,7 +204,7 @@ class Dispatch:
         return self._server_seen_s + self._patience_s
 
     def _give_up_if_due(self) -> None:
-        now_s = time.monotonic()
+        now_s = awake_s()
         if now_s < self._give_up_at_s() or not self.answers.empty():
             return
         names = ", ".join(one.address for one in self._connections)

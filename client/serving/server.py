@@ -24,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 from ..errors import ServerError, UpscaleError
 from ..frames.windows import Image
 from .addresses import DEFAULT_GRPC_PORT, Address, address_from_url
+from .awake import answer_of, awake_s
 from .contract import contract_from_config, instance_count
 from .faults import Fault, as_server_error, fault_of
 from .identity import Identity, identity_of
@@ -139,16 +140,19 @@ class Server:
 
     def _config(self, model: str) -> ModelConfig:
         try:
-            self._client.is_server_live(client_timeout=ASK_TIMEOUT_S)
+            answer_of(lambda: self._client.is_server_live(client_timeout=ASK_TIMEOUT_S))
         except InferenceServerException as err:
             raise self._unreachable(err) from err
         try:
-            return self._client.get_model_config(model, client_timeout=ASK_TIMEOUT_S).config
+            return self._model_config(model)
         except InferenceServerException as err:
             raise ServerError(
                 f"the server at {self.address} has not loaded model {model!r} ({err.message()}); "
                 "expected the ensemble there: load it, or name another with --model"
             ) from err
+
+    def _model_config(self, model: str) -> ModelConfig:
+        return answer_of(lambda: self._client.get_model_config(model, client_timeout=ASK_TIMEOUT_S)).config
 
     def _unreachable(self, err: InferenceServerException) -> UpscaleError:
         if speaks_http(self.address):
@@ -167,7 +171,7 @@ class Server:
         """
         model, breaks = self.contract.model, self._breaks
         try:
-            is_ready = self._client.is_model_ready(model, client_timeout=ASK_TIMEOUT_S)
+            is_ready = answer_of(lambda: self._client.is_model_ready(model, client_timeout=ASK_TIMEOUT_S))
         except InferenceServerException as err:
             if err.status() == "StatusCode.DEADLINE_EXCEEDED":
                 # A connection that something on the way holds open looks well to gRPC: hang up, dial again.
@@ -179,7 +183,7 @@ class Server:
             raise
         if not is_ready:
             raise InferenceServerException(f"model {model!r} is not ready", status="StatusCode.UNAVAILABLE")
-        self._ensemble = self._client.get_model_config(model, client_timeout=ASK_TIMEOUT_S).config
+        self._ensemble = self._model_config(model)
         if self.contract != (found := contract_from_config(self._ensemble, self.address)):
             raise UpscaleError(
                 f"expected the model of before at {self.address}, found that it came back with another: "
@@ -208,7 +212,7 @@ class Server:
             ServerError: There was no answer to the probe.
         """
         if self._identity is None:
-            started_s = time.monotonic()
+            started_s = awake_s()
             try:
                 self._identity = self._probe(PROBE_TIMEOUT_S)
             except InferenceServerException as err:
@@ -216,15 +220,16 @@ class Server:
                     f"expected an answer to a small probe from {self.address}, found: {err.message()}; "
                     "see the server's log"
                 ) from err
-            self.probe_s = time.monotonic() - started_s
+            self.probe_s = awake_s() - started_s
         return self._identity
 
     def _probe(self, timeout_s: float) -> Identity:
         lr_window = probe_window(self.contract)
         lr_input = InferInput(self.contract.input_name, [1, *lr_window.shape], "UINT8")
         lr_input.set_data_from_numpy(lr_window[None])
-        result = self._client.infer(
-            self.contract.model, [lr_input], request_id=PROBE_ID, client_timeout=timeout_s
+        model = self.contract.model
+        result = answer_of(
+            lambda: self._client.infer(model, [lr_input], request_id=PROBE_ID, client_timeout=timeout_s)
         )
         return identity_of(self._ensemble, self._hr_from_result(result, lr_window.shape, None, 0))
 
