@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from export.data.clips import (
@@ -121,7 +120,7 @@ def load_evaluation_clip(
     Args:
         source: where it lies.
         cache: where decoded frames are kept; may be deleted at any time between runs.
-        degradation: how lr frames are made, if the source has none; see ``degradations.DEGRADATIONS``.
+        degradation: how lr frames are made, if the source has none; see `degrade`.
         frames: at most so many, from the middle of the clip; None: all.
         min_side: shorter side, in hr pixels, that it must have.
 
@@ -139,12 +138,10 @@ def _load(source: Source, cache: Path, degradation: str, count: int | None, min_
     t, height, width, _ = truth.shape
     if min(height, width) < min_side:
         raise ExportError(f"expected at least {min_side} pixels a side, found {width}x{height}")
-    # x264, in ``real``, takes even sides.
-    even = 2 if source.lr is None and degradation == "real" else 1
-    h, w = (side // (SCALE * even) * even for side in (height, width))
+    h, w = (side // SCALE for side in (height, width))
     truth = truth[:, : h * SCALE, : w * SCALE]
     if source.lr is None:
-        return EvaluationClip(source.name, truth, _degraded(truth, degradation))
+        return EvaluationClip(source.name, truth, degrade(degradation, truth))
     if not source.lr.is_dir():
         raise ExportError(f"expected its lr frames in {source.lr}, found no folder; correct --lr-folder")
     lr = _middle(_decoded(source.lr, cache), count)
@@ -182,17 +179,3 @@ def _decoded(path: Path, cache: Path) -> Frames:
             array.flush()
     mapped: Frames = np.load(stored, mmap_mode="r")
     return mapped
-
-
-def _degraded(truth: Frames, degradation: str) -> Frames:
-    """Lr frames; ``real`` takes the whole clip at once, for it has one camera and one codec."""
-    rng = np.random.default_rng(0)
-    if degradation in ("bi", "bd"):  # frame by frame: a whole clip in floats is large
-        return np.concatenate([_reduce(frame[None], degradation, rng) for frame in truth])
-    return _reduce(truth, degradation, rng)
-
-
-def _reduce(frames: Frames, degradation: str, rng: np.random.Generator) -> Frames:
-    hr = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float()[None] / 255
-    lr: Frames = (degrade(degradation, hr, rng)[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return lr

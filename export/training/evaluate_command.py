@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
     "--checkpoint", "checkpoints", type=click.Path(path_type=Path), multiple=True,
     help="Weights; the second and later are compared with the first. By default the project's own.",
 )  # fmt: skip
-@click.option("--degradation", default="bi", help="How lr frames are made: bi, bd or real.")
+@click.option("--degradation", default="bi", help="How lr frames are made: bi, bd, real, or x264-28.")
 @click.option("--lr-folder", help="Use the lr frames in this folder beside the truth's, such as BIx4.")
 @click.option(
     "--frames", type=click.IntRange(min=2), show_default="all",
@@ -80,7 +80,7 @@ def evaluate(
     import torch
     from rich.progress import Progress
 
-    from export.data.degradations import DEGRADATIONS
+    from export.data.degradations import check_degradation
     from export.data.evaluation_clips import find_sources, load_evaluation_clip
     from export.metrics.collage import CROP
     from export.metrics.lpips import NAME, load_lpips
@@ -88,8 +88,7 @@ def evaluate(
     from export.training.curves import draw_curves
     from export.training.evaluate import MetricConfig, evaluate_clip
 
-    if degradation not in DEGRADATIONS:
-        raise ExportError(f"expected a degradation among {', '.join(DEGRADATIONS)}, found {degradation!r}")
+    check_degradation(degradation)
     networks = _load(checkpoints)
     device = next(next(iter(networks.values())).parameters()).device
     if not weights:

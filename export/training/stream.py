@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.checkpoint import save_checkpoint
-from export.data.degradations import bi
 from export.data.sequences import Sequences, SequenceSampler
 from export.errors import ExportError
 from export.network import WIDTHS, MstGan
@@ -137,7 +136,7 @@ class StreamTrainer:
 
     def loss(self, batch: Sequences, burn_in: int) -> Tensor:
         """Mean over the frames with gradients."""
-        frames, target = bi(batch.hr), F.pixel_unshuffle(batch.hr, SCALE)
+        frames, target = batch.lr, F.pixel_unshuffle(batch.hr, SCALE)
         previous = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)
         previous = torch.where(batch.starts[:, :, None, None, None] > 0, frames, previous)
         distance = PIXEL_LOSSES[self.options.pixel_loss]

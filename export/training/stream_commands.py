@@ -19,7 +19,7 @@ _FILE = click.Path(path_type=Path, exists=True)
 @click.option("--clips", type=_FILE, required=True, help="Folder of videos.")
 @click.option("--photos", type=_FILE, required=True, help="Folder of photos, over which a camera moves.")
 @click.option("--validation", type=_FILE, required=True, help="Text file with names of clips to leave out.")
-@click.option("--cache", type=_PATH, default=BUILD / "sequences", help="Decoded footage, some 6 GB.")
+@click.option("--cache", type=_PATH, default=BUILD / "sequences", help="Decoded footage, some 10 GB.")
 @click.option("--init", type=_PATH, help="Window network whose weights the run starts from.")
 @click.option("--out", type=_PATH, required=True, help="Run folder; an existing run is resumed.")
 @click.option("--until", type=float, default=5e9, help="Lr pixels to train on.")
@@ -30,16 +30,23 @@ _FILE = click.Path(path_type=Path, exists=True)
 @click.option("--batch", type=int, default=2, help="Sequences per step.")
 @click.option("--lr", type=float, default=5e-4, help="Learning rate.")
 @click.option("--kept", default="all", help="What of the state is kept: all, features, detail or none.")
+@click.option(
+    "--real", "variants", type=int, default=0,
+    help="Variants of every scene as cameras and codecs make it; 0: reduced by bicubic alone.",
+)  # fmt: skip
+@click.option("--rendered", type=int, default=240, help="Sequences rendered from photos.")
 @click.option("--seed", type=int, default=0, help="Seed of the batches.")
 @click.option("--save-every", type=float, default=180.0, help="Seconds between checkpoints.")
 def train_stream(
     clips: Path, photos: Path, validation: Path, cache: Path, init: Path | None, out: Path, until: float,
-    widths: str, line_art: int, batch: int, lr: float, kept: str, seed: int, save_every: float,
+    widths: str, line_art: int, batch: int, lr: float, kept: str, variants: int, rendered: int, seed: int,
+    save_every: float,
 ) -> None:  # fmt: skip
     """Train a recurrent network on sequences. Ctrl-C saves; run the same command again to resume."""
     from export.checkpoint import load_checkpoint
+    from export.data.degraded import degrade_scenes, render_photos
     from export.data.line_art import draw_all
-    from export.data.sequences import SequenceSampler, build_cache, load_photos, load_scenes
+    from export.data.sequences import SequenceSampler, build_cache, load_photos, load_scenes, share_scenes
     from export.errors import ExportError
     from export.network import WIDTHS, MstGan
     from export.network.stream import STREAM_WIDTHS, StreamNetwork, from_window_network
@@ -49,9 +56,14 @@ def train_stream(
         if value not in allowed:
             raise ExportError(f"expected --{option} to be one of {', '.join(allowed)}, found {value!r}")
     build_cache(clips, cache / "clips", validation.read_text().split())
-    scenes = load_scenes(cache / "clips", GROUPS)
     drawings = [clip.segments[0, 0] for clip in draw_all(line_art, cache)]
-    sampler = SequenceSampler(scenes, load_photos(photos, cache / "photos"), drawings, seed=seed)
+    stills = load_photos(photos, cache / "photos")
+    render_photos(stills, drawings, cache / "rendered", rendered)
+    for kind in ("clips", "rendered"):
+        degrade_scenes(cache / kind, cache / f"{kind}-lr", variants)
+    footage = load_scenes(cache / "clips", cache / "clips-lr", GROUPS, variants)
+    moving = load_scenes(cache / "rendered", cache / "rendered-lr", {}, variants)
+    sampler = SequenceSampler(share_scenes(footage, moving), seed=seed)
     window = load_checkpoint(init) if init else None
     start: StreamNetwork | MstGan | None = window
     if window and widths in STREAM_WIDTHS:

@@ -209,7 +209,10 @@ def test_what_cannot_be_measured_is_left_out_and_said(
 
     (tmp_path / "gone.txt").write_text("gone\n")
     for wrong, message in (
-        (("--degradation", "bx"), "expected a degradation among bi, bd, real, found 'bx'"),
+        (
+            ("--degradation", "bx"),
+            "expected a degradation among bi, bd, real or x264-CRF",
+        ),
         (("--names", tmp_path / "gone.txt"), "expected gone in"),
         (("--temporal-border", 1), "expected frames between temporal borders of 1, found 2 in all"),
         (("--border", 4, "--lr-folder", "BIx4"), "expected the truth of pan in a folder named GT"),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from made_up_footage import write_sequence, write_video
 
-from export.data.degradations import DEGRADATIONS
 from export.data.evaluation_clips import EvaluationClip, find_sources, load_evaluation_clip
 from export.errors import ExportError
 
@@ -47,7 +46,7 @@ def test_every_published_layout_is_read(layout: str, tmp_path: Path, frames: np.
         assert not np.array_equal(made[1].lr, given[1].lr)
 
 
-@pytest.mark.parametrize("degradation", DEGRADATIONS)
+@pytest.mark.parametrize("degradation", ["bi", "bd", "real", "x264-28"])
 def test_lr_frames_are_made_by_any_degradation(degradation: str, tmp_path: Path, frames: np.ndarray) -> None:
     write_sequence(tmp_path / "set" / "walk", frames[:, :, :60])
     (clip,) = load(tmp_path / "set", degradation=degradation)

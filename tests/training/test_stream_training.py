@@ -1,6 +1,7 @@
 """Sequences to train on, and the training of a recurrent network."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 
 from export.checkpoint import load_stream_checkpoint
 from export.data import sequences
+from export.data.degradations import bi, degrade
 from export.data.evaluation_clips import EvaluationClip
-from export.data.sequences import HR_CROP, Scene, SequenceSampler, load_scenes
+from export.data.sequences import HR_CROP, Scene, SequenceSampler, load_scenes, share_scenes
 from export.errors import ExportError
 from export.network import WIDTHS, Widths
 from export.network.stream import STREAM_WIDTHS, StreamWidths
@@ -35,15 +37,16 @@ def scene(frames: int = 14, height: int = 170, width: int = 270, seed: int = 0) 
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
     pixels[..., 1] = 10 * np.arange(frames)[:, None, None]
-    return Scene(f"clip{seed}.mp4", pixels, 1.0)
+    return with_lr(f"clip{seed}.mp4", pixels)
 
 
-def photo(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+def with_lr(clip: str, pixels: np.ndarray) -> Scene:
+    height, width = (side // 4 * 4 for side in pixels.shape[1:3])
+    return Scene(clip, pixels, 1.0, (degrade("bi", pixels[:, :height, :width]),))
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    one, two = (SequenceSampler([scene()], [photo()], seed=3) for _ in range(2))
+    one, two = (SequenceSampler([scene()], seed=3) for _ in range(2))
     two.batch(0, 1, 4)
     a, b = one.batch(7, 2, 4), two.batch(7, 2, 4)
     assert torch.equal(a.hr, b.hr)
@@ -52,7 +55,7 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
 
 
 def test_sequences_have_one_crop_size_and_start_with_a_start() -> None:
-    sampler = SequenceSampler([scene(), scene(20, 300, 200, 1)], [photo()], [photo(1)], seed=0)
+    sampler = SequenceSampler([scene(), scene(20, 300, 200, 1)], seed=0)
     sizes, starts = set(), []
     for step in range(20):
         batch = sampler.batch(step, 2, 9)
@@ -69,7 +72,7 @@ def test_sequences_have_one_crop_size_and_start_with_a_start() -> None:
 def test_frames_of_a_video_are_consecutive(monkeypatch: pytest.MonkeyPatch) -> None:
     for share in ("CUT_SHARE", "FLASH_SHARE", "FREEZE_SHARE", "SKIP_SHARE"):
         monkeypatch.setattr(sequences, share, 0.0)
-    sampler = SequenceSampler([scene()], [], seed=0)
+    sampler = SequenceSampler([scene()], seed=0)
     for step in range(5):
         levels = sampler.batch(step, 1, 9).hr[0, :, 1].mean(dim=(1, 2)) * 25.5
         assert torch.allclose(levels.diff().abs(), torch.ones(8), atol=1e-3)
@@ -78,20 +81,49 @@ def test_frames_of_a_video_are_consecutive(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_group_of_clips_has_its_share(tmp_path: Path) -> None:
     for name, frames in (("bbb1.mp4", 100), ("bbb2.mp4", 100), ("sea.mp4", 100)):
         np.save(tmp_path / f"{name}.0.npy", np.zeros((frames, 1, 1, 3), np.uint8))
-    scenes = load_scenes(tmp_path, {"bbb": 0.25})
+        (tmp_path / "lr").mkdir(exist_ok=True)
+        np.save(tmp_path / "lr" / f"{name}.0.bi.npy", np.zeros((frames, 1, 1, 3), np.uint8))
+    scenes = load_scenes(tmp_path, tmp_path / "lr", {"bbb": 0.25})
     shares = {s.clip: s.weight / sum(s.weight for s in scenes) for s in scenes}
     assert shares["bbb1.mp4"] + shares["bbb2.mp4"] == pytest.approx(0.25)
+
+
+def test_lr_frames_are_of_the_same_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "FLASH_SHARE", 0.0)
+    sampler = SequenceSampler([squares()], seed=0)
+    for step in range(8):
+        hr, lr, _ = sampler.batch(step, 1, 4)
+        inner = (..., slice(4, -4), slice(4, -4))  # beside the edges of a crop, `bi` sees less
+        torch.testing.assert_close(lr[inner], bi(hr)[inner], atol=1.5 / 255, rtol=0)
+
+
+def test_degraded_frames_are_drawn_and_clean_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = squares()
+    both = replace(clean, lr=(clean.lr[0], 255 - clean.lr[0]))
+    sampler = SequenceSampler([both], seed=0)
+    monkeypatch.setattr(sequences, "CLEAN_SHARE", 0.3)
+    inverted = 0
+    for step in range(60):
+        hr, lr, _ = sampler.batch(step, 1, 2)
+        inverted += bool((lr - bi(hr)).abs().mean() > 0.1)
+    assert 30 < inverted < 54
+
+
+def test_still_images_have_their_share() -> None:
+    footage, rendered = [scene(seed=k) for k in range(3)], [scene(seed=9)]
+    weights = [s.weight for s in share_scenes(footage, rendered)]
+    assert weights[-1] / sum(weights) == pytest.approx(sequences.STILL_IMAGE_SHARE)
 
 
 def squares(frames: int = 14) -> Scene:
     """Plain squares of 8 pixels that move by a pixel per frame: edges can be learned, noise cannot."""
     squares_ = np.random.default_rng(0).integers(0, 256, (22, 36, 3), dtype=np.uint8)
     picture = squares_.repeat(8, axis=0).repeat(8, axis=1)
-    return Scene("squares.mp4", np.stack([picture[:170, t : t + 270] for t in range(frames)]), 1.0)
+    return with_lr("squares.mp4", np.stack([picture[:170, t : t + 270] for t in range(frames)]))
 
 
 def trainer(out: Path, **options: object) -> StreamTrainer:
-    sampler = SequenceSampler([squares()], [], seed=0)
+    sampler = SequenceSampler([squares()], seed=0)
     return StreamTrainer(StreamOptions(widths="tiny_stream", batch=1, **options), sampler, out, None)
 
 
@@ -128,8 +160,7 @@ def test_gradients_reach_an_earlier_frame_through_the_state(tmp_path: Path) -> N
         for parameter in run.network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     network = run.network.stream_generator
-    hr, starts = run.sampler.batch(0, 1, 2)
-    frames = stream.bi(hr)
+    _, frames, starts = run.sampler.batch(0, 1, 2)
     aligned = [run.network.stream_align.align(frames[:, t], frames[:, 0]) for t in (0, 1)]
     image = aligned[0].image.requires_grad_()
     _, state = network.step(aligned[0]._replace(image=image), network.start(1, frames), starts[:, :1])
@@ -142,11 +173,11 @@ def test_the_control_is_a_window_network_on_the_same_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(WIDTHS, "tiny_window", Widths(name="tiny_window", body=16, body_inner=(8,)))
-    sampler = SequenceSampler([squares()], [], seed=0)
+    sampler = SequenceSampler([squares()], seed=0)
     run = StreamTrainer(StreamOptions(widths="tiny_window", batch=1), sampler, tmp_path)
     batch, _ = run.draw(0)
     loss = run.loss(batch, burn_in=1)
-    frames, truth = stream.bi(batch.hr)[0], F.pixel_unshuffle(batch.hr[0], 4)
+    frames, truth = batch.lr[0], F.pixel_unshuffle(batch.hr[0], 4)
     alone = []
     with torch.no_grad():
         for t in range(1, len(frames)):
@@ -165,8 +196,7 @@ def test_weights_come_back_and_are_scored_by_age(tmp_path: Path) -> None:
     run.save()
     network = load_stream_checkpoint(tmp_path / "ema.safetensors")
     truth = squares(7).frames[:, :160, :256]
-    lr = (stream.bi(torch.from_numpy(truth).permute(0, 3, 1, 2)[None] / 255)[0] * 255).round()
-    scene = EvaluationClip("squares", truth, lr.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    scene = EvaluationClip("squares", truth, degrade("bi", truth))
     gain = psnr_by_frame(network, scene) - psnr_by_frame(None, scene)
     assert np.abs(gain).max() < 0.05  # untrained: bicubic
     assert by_age(np.arange(7.0)) == {"0": 0, "1": 1, "2": 2, "3-4": 3.5, "5-9": 5.5, "all": 3}
@@ -176,7 +206,7 @@ def test_weights_come_back_and_are_scored_by_age(tmp_path: Path) -> None:
 
 def test_the_committed_unfinished_run_resumes(tmp_path: Path) -> None:
     shutil.copy(CHECKPOINTS / "unfinished" / "stream_state.pt", tmp_path / "state.pt")
-    run = StreamTrainer(StreamOptions(), SequenceSampler([squares()], [], seed=0), tmp_path)
+    run = StreamTrainer(StreamOptions(), SequenceSampler([squares()], seed=0), tmp_path)
     served = load_stream_checkpoint(CHECKPOINTS / "unfinished" / "stream.safetensors")
     assert run.step > 0
     for mine, theirs in zip(run.ema.parameters(), served.parameters(), strict=True):
