@@ -1,4 +1,4 @@
-"""The mean of several networks' weights."""
+"""The mean of several networks' weights, and what lies between two."""
 
 import json
 from pathlib import Path
@@ -34,6 +34,24 @@ def test_average_is_the_mean_of_all_weights(tmp_path: Path) -> None:
         assert torch.allclose(value, expected, rtol=1e-3, atol=1e-6), name
     with safe_open(out, "pt") as file:
         assert json.loads(file.metadata()["recipe"]) == {"average_of": [path.name for path in paths]}
+
+
+def test_interpolation_lies_between_two_networks(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    first, second = (saved(path, seed).state_dict() for seed, path in enumerate(paths))
+    out = tmp_path / "between.safetensors"
+    for alpha in (0, 0.25, 1):
+        arguments = ["interpolate", *map(str, paths), "--alpha", str(alpha), "--out", str(out)]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        for name, value in load_checkpoint(out).state_dict().items():
+            expected = (1 - alpha) * first[name] + alpha * second[name]
+            assert torch.allclose(value, expected, rtol=1e-3, atol=1e-6), name
+    with safe_open(out, "pt") as file:
+        recipe = json.loads(file.metadata()["recipe"])
+    assert recipe == {"interpolation_of": [path.name for path in paths], "alpha": 1}
+    result = CliRunner().invoke(main, ["interpolate", *map(str, paths), "--alpha", "1.5", "--out", str(out)])
+    assert result.exit_code != 0
 
 
 def test_average_refuses_what_has_no_mean(tmp_path: Path) -> None:
