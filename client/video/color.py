@@ -91,10 +91,13 @@ def color_of(frame: av.VideoFrame) -> Color:
     return Color(matrix, full_range, frame.color_primaries, frame.color_trc)
 
 
-def rgb_from_frame(frame: av.VideoFrame, color: Color) -> Image:
-    """Convert a decoded frame of these colors to (H, W, 3) uint8 RGB, 0..255."""
+def rgb_from_frame(frame: av.VideoFrame, color: Color, size: Size | None = None) -> Image:
+    """Convert a decoded frame of these colors to (H, W, 3) uint8 RGB, 0..255, of a (height, width)."""
+    height, width = size or (frame.height, frame.width)
     yuv = {} if frame.format.is_rgb else {"src_color_range": color.range}
     rgb = frame.reformat(
+        width=width,
+        height=height,
         format="rgb24",
         src_colorspace=SWSCALE_MATRIX[color.matrix],
         dst_color_range=ColorRange.JPEG,

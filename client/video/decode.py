@@ -16,17 +16,15 @@ import av
 from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
-from ..frames.windows import Image
 from ..record import NOTHING, Record
 from .boundary import guarded, media_errors
 from .clock import packets_of
-from .color import Color, color_of, rgb_from_frame
+from .convert import Converter
 from .deinterlace import OFF, progressive
-from .orientation import UPRIGHT, display_matrix, is_sideways, upright
+from .orientation import display_matrix
 from .picture import Frame, Picture, Range
 from .seek import Seek, seek
 from .source import Source
-from .stills import tags_of
 from .streams import EVERY_STREAM, Selection, is_cover, main_stream, needs_dolby_vision
 from .y4m import Y4M_FORMAT, rest_of_frame
 
@@ -79,7 +77,6 @@ class Video:
         if self._stream.codec_context is None:
             raise UpscaleError(f"expected a video that FFmpeg can decode, found none in {self.path}")
         _use_threads(self._stream)
-        self._stills = source.files() if source.is_stills else []
         self._packets = self._frames = self._before_start = 0
         self.refused = 0
         """Packets that could not be decoded."""
@@ -99,6 +96,7 @@ class Video:
         """Number of the stream with the picture."""
         self.is_dolby_vision = needs_dolby_vision(self._stream)
         """Whether its colors are those of Dolby Vision alone."""
+        self._converter = Converter(source, first, self._ticks_s, self._rate)
         self.picture = self._picture(first, deinterlace)
 
     def __enter__(self) -> Video:
@@ -168,7 +166,7 @@ class Video:
             self.last_duration = frame.duration or (self._nominal_ticks if before is None else pts - before)
             before = pts
             self._shown = (first, pts + self.last_duration)
-            yield Frame(self._image(frame), pts)
+            yield Frame(self._converter.image(frame), pts)
         if not found:
             raise UpscaleError(
                 f"expected frames after {float(wanted.start_s):g} s, found the end of {self.path}"
@@ -177,7 +175,7 @@ class Video:
     def _frames_from(self, target: int, known: Record, skip: int) -> Iterator[av.VideoFrame]:
         """Decoded frames, from some frame at or before a time on."""
         first = self._first.pts
-        can_seek = self._deinterlace == OFF and not (self._source.is_pipe or self._stills)
+        can_seek = self._deinterlace == OFF and not (self._source.is_pipe or self._source.is_stills)
         if first is None or target <= first or not can_seek:
             return chain([self._first], self._decoded)
         container = self._files.enter_context(self._source.open())
@@ -192,7 +190,7 @@ class Video:
         frames = self._with_times(self._counted(found, damaged, refused))
         if skip:  # the first frame is known, and tells whether all is as it was
             start = next((frame for frame in frames if frame.pts is None or frame.pts >= target), None)
-            if start is None or not known.has(skip, start.pts or 0, self._image(start)):
+            if start is None or not known.has(skip, start.pts or 0, self._converter.image(start)):
                 self._packets, self._frames, self._before_start, self.refused, self.damaged = counts
                 return chain([self._first], self._decoded)
             frames = chain([start], frames)
@@ -210,43 +208,6 @@ class Video:
             count()
             yield frame
         count()
-
-    def _image(self, frame: av.VideoFrame) -> Image:
-        """Convert a frame with the colors that it has, and turn a still image upright."""
-        color = color_of(frame)
-        if color != self.picture.color:
-            self._say_that_colors_change(color)
-        image = upright(rgb_from_frame(frame, color), self._orientation(frame))
-        size = image.shape[:2]
-        if size != self.picture.size:
-            raise UpscaleError(
-                f"expected one picture size, found {size[1]}x{size[0]} after "
-                f"{self.picture.size[1]}x{self.picture.size[0]} in {self.path}: split the clip there"
-            )
-        return image
-
-    def _orientation(self, frame: av.VideoFrame) -> int:
-        """EXIF's orientation of a still image."""
-        if not self._stills:
-            return UPRIGHT
-        number = round((frame.pts or 0) * self._ticks_s * self._rate)
-        return tags_of(self._stills[number]).orientation if number < len(self._stills) else UPRIGHT
-
-    def _say_that_colors_change(self, color: Color) -> None:
-        before = self.picture.color
-        if color.is_hdr != before.is_hdr:
-            raise UpscaleError(
-                f"expected one dynamic range, found that it changes in {self.path}: split the clip there"
-            )
-        if "colors" not in self._told:
-            self._told.add("colors")
-            log.warning(
-                "the colors of %s change (from %s to %s): each frame is converted by its own tags, and the "
-                "output has those of the first",
-                self.path,
-                before,
-                color,
-            )
 
     @property
     def _ticks_s(self) -> Fraction:
@@ -382,16 +343,15 @@ class Video:
                 "interlaced frames are upscaled as they are: better deinterlace the clip first, with "
                 "--deinterlace auto"
             )
-        height, width = first.height, first.width
-        if is_sideways(self._orientation(first)):
-            height, width = width, height
         return Picture(
-            size=(height, width),
+            size=self._converter.size,
             rate=self._rate,
             time_base=self._ticks_s,
-            color=color_of(first),
+            color=self._converter.color,
             sample_aspect_ratio=stream.sample_aspect_ratio or None,
-            display_matrix=None if self._stills else display_matrix(first, stream.codec_context.name),
+            display_matrix=None
+            if self._source.is_stills
+            else display_matrix(first, stream.codec_context.name),
         )
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from PIL import Image as Pillow
 
+from ..frames.windows import Size
 from .orientation import TURNS, UPRIGHT
 
 log = logging.getLogger(__name__)
 
-ORIENTATION, EXIF_IFD = 0x0112, 0x8769
+ORIENTATION, EXIF_IFD, TIFF_WIDTH, TIFF_HEIGHT = 0x0112, 0x8769, 0x0100, 0x0101
 SIZE_TAGS = (0xA002, 0xA003)  # of the image as it was
 
 PNG_START_BYTES = 8 + 25  # signature and header chunk, after which other chunks may follow
@@ -25,11 +26,13 @@ PROFILE_SPACE, PROFILE_RGB = slice(16, 20), b"RGB "
 
 @dataclass(frozen=True)
 class StillTags:
-    """What a PNG file can hold of an image's own tags."""
+    """An image's size, and what a PNG file can hold of its own tags."""
 
     orientation: int = UPRIGHT
     """EXIF's, 1 to 8."""
     icc_profile: bytes = b""
+    size: Size | None = None
+    """(height, width) as it is stored; None: unknown."""
     exif: bytes = b""
     """As a TIFF structure, without orientation and size: the output is upright and has its own."""
 
@@ -56,6 +59,9 @@ def tags_of(path: Path) -> StillTags:
                 details = exif.get_ifd(EXIF_IFD)
                 for tag in SIZE_TAGS:
                     details.pop(tag, None)
+                size = image.height, image.width
+                if image.format == "TIFF":  # Pillow turns it upright by itself
+                    size = exif[TIFF_HEIGHT], exif[TIFF_WIDTH]
                 # All tags of a TIFF file look like EXIF: its rows and strips are not those of the output.
                 is_kept = bool(exif) and image.format != "TIFF"
                 kept = exif.tobytes().removeprefix(b"Exif\0\0") if is_kept else b""
@@ -65,7 +71,7 @@ def tags_of(path: Path) -> StillTags:
     if profile and profile[PROFILE_SPACE] != PROFILE_RGB:
         log.warning("the color profile of %s is left out: it is not one for RGB", path)
         profile = b""
-    return StillTags(orientation if orientation in TURNS else UPRIGHT, profile, kept)
+    return StillTags(orientation if orientation in TURNS else UPRIGHT, profile, size, kept)
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

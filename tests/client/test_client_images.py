@@ -100,9 +100,11 @@ def test_images_of_two_kinds(tmp_path, triton, folder):
 
 def test_images_of_two_sizes(tmp_path, triton, folder):
     write_image(folder / "shot_200.png", pictures(1, 16, 16)[0])
+    before = triton.requests
     result = run_client(folder, tmp_path / "out", "--url", triton.url)
     assert result.exit_code == 1
-    assert "expected one picture size, found 16x16 after 48x32" in result.output
+    assert "expected images of one size, found 16x16 and 48x32 in" in result.output
+    assert triton.requests == before
 
 
 def test_images_are_replaced_only_when_asked(tmp_path, triton, folder):

@@ -311,7 +311,9 @@ def test_colors_that_change_midway(tmp_path, triton, caplog):
     assert len(frames) == 12
     for frame in frames:
         assert np.abs(frame[128, 128].astype(int) - (0xB4, 0x6E, 0x46)).max() <= 3
-    assert len([line for line in caplog.messages if "the colors of" in line]) == 1
+    (line,) = [line for line in caplog.messages if "changes at" in line]
+    assert "changes at 0.24 s (" in line
+    assert "colors BT.601, full range instead of BT.709, limited range)" in line
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webm"])
@@ -326,14 +328,14 @@ def test_transparency_is_said(tmp_path, triton, caplog, suffix):
 
 def test_whatever_pyav_raises_is_one_line(tmp_path, triton, film, monkeypatch):
     """Values that its enumerations do not know, attributes that a stream lacks, ..."""
-    from mst_gan_client.video import decode
+    from mst_gan_client.video import convert
 
     for error in (
         ValueError("31 is not a valid Type"),
         AttributeError("no name"),
         OverflowError("too large"),
     ):
-        monkeypatch.setattr(decode, "color_of", lambda frame, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(convert, "color_of", lambda frame, error=error: (_ for _ in ()).throw(error))
         line = refused(film, tmp_path / "out.mp4", triton)
         assert f"cannot read {film} ({type(error).__name__}: {error}): check that it plays" in line
 

@@ -27,7 +27,7 @@ ERRORS = [
 # What to replace by something that fails, and how the stage is called.
 STAGES = {
     "mst_gan_client.video.source.Source.open": "cannot read",
-    "mst_gan_client.video.decode.rgb_from_frame": "cannot read",
+    "mst_gan_client.video.convert.rgb_from_frame": "cannot read",
     "mst_gan_client.record.input_identity": "cannot read",
     "mst_gan_client.frames.tiles.Grid.merge": "cannot send frames",
     "mst_gan_client.serving.session.Session.hr_frames": "cannot send frames",
