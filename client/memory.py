@@ -13,9 +13,10 @@ from .frames.windows import Size
 DEFAULT_PART = 4  # a run takes one of so many parts of the machine's memory
 FRAMES_AHEAD = 4  # decoded, or waiting for the encoder: enough to even out the stages' pace
 
+NO_ENCODER = ""  # the library's frames go to whoever asked for them
 # RGB frames' worth of memory that an encoder takes for itself: measured with 30 frames of 2560x1440 on two
 # cores (h264 28, hevc 53, av1 48, ffv1 28). Nothing here can make it take less.
-ENCODER_FRAMES = {"libx264": 28, "libx265": 54, "libsvtav1": 48, "ffv1": 28, "prores_ks": 8}
+ENCODER_FRAMES = {"libx264": 28, "libx265": 54, "libsvtav1": 48, "ffv1": 28, "prores_ks": 8, NO_ENCODER: 0}
 ENCODER_FRAMES_ELSEWHERE = 4
 
 
@@ -45,7 +46,7 @@ def plan_queues(
         window: Frames of a window.
         scale: hr side / lr side.
         in_flight: Tiles that keep all servers busy.
-        encoder: FFmpeg's name of it.
+        encoder: FFmpeg's name of it, or NO_ENCODER.
 
     Returns:
         The plan; with one item in each queue if even that is more than the budget.

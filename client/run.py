@@ -16,13 +16,13 @@ import numpy as np
 from .errors import UpscaleError
 from .frames.tiles import Grid
 from .frames.windows import Image
-from .memory import Plan, default_budget, plan_queues
 from .pipeline import Options, Pipeline, Result, shapes_of
 from .record import InputGuard, Record
 from .resume import ResumeState
 from .serving.contract import Contract
 from .serving.session import Session
 from .stages import reading, stage
+from .upscaler import plan_for
 from .video.decode import Video
 from .video.encode import PNG, Encoding, write_segment, write_y4m
 from .video.images import Images, writes_images
@@ -180,26 +180,11 @@ class Run:
         """Set the stages going; yields hr frames from the first that is not finished."""
         self._started_s = time.monotonic()
         self._finished = len(known.pts)
-        plan = self._plan(encoder)
-        self._session.limit(plan.windows)
+        plan = plan_for(self._session, self._shapes.layout, self._options.memory, encoder)
         _say_how(self._session, self._shapes.layout.grid, self._options)
         self._watcher.started(dst, self._video.frames_expected(self._options.range), self._finished)
         self._feed = Pipeline(self._video, self._session, self._shapes, self._options, known, plan)
         return self._counted(self._feed)
-
-    def _plan(self, encoder: str) -> Plan:
-        """How many frames each queue may hold."""
-        layout, contract = self._shapes.layout, self._session.contract
-        budget = self._options.memory or default_budget()
-        numbers = contract.window, contract.scale, self._session.in_flight
-        plan = plan_queues(budget, layout.padded, layout.grid, *numbers, encoder)
-        if plan.bytes > budget:
-            log.warning(
-                "frames of this size take about %.1f GB, %.1f GB are to be used: one at a time is under way, "
-                "see --memory",
-                *(plan.bytes / 1e9, budget / 1e9),
-            )
-        return plan
 
     def _counted(self, feed: Pipeline) -> Iterator[Image]:
         for image in feed:

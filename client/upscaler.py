@@ -1,10 +1,11 @@
 """The library: frames in, frames four times as large out, as numpy arrays.
 
-The command line uses ``Layout`` and ``hr_from_windows`` of this module for its own frames.
+The command line uses ``Layout``, ``plan_for`` and ``hr_from_windows`` of this module for its own frames.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .errors import FrameError
 from .frames.scenes import DEFAULT_THRESHOLD, CutDetector
 from .frames.tiles import Grid, grid_for
 from .frames.windows import Image, Size, crop, fitted_size, pad, windows
+from .memory import NO_ENCODER, Plan, default_budget, plan_queues
 from .serving.addresses import DEFAULT_URL
 from .serving.contract import Contract
 from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
@@ -25,6 +27,8 @@ from .serving.server import NO_SECURITY
 from .serving.session import Session
 from .serving.transports import AUTO
 from .video.picture import Frame
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,31 @@ def hr_from_windows(
         yield crop(grid.merge(parts, session.contract.scale), layout.hr)
 
 
+def plan_for(session: Session, layout: Layout, memory: int | None, encoder: str = NO_ENCODER) -> Plan:
+    """Share memory out over the queues of frames, and hold the session to its part.
+
+    Args:
+        session: Where frames are sent; what they share memory with comes after this.
+        layout: Of the frames.
+        memory: Bytes; None: a part of what this process may use.
+        encoder: FFmpeg's name of what takes the frames that come out.
+
+    Returns:
+        The plan; a budget that is too small for it is said.
+    """
+    budget = memory or default_budget()
+    numbers = session.contract.window, session.contract.scale, session.in_flight
+    plan = plan_queues(budget, layout.padded, layout.grid, *numbers, encoder)
+    if plan.bytes > budget:
+        log.warning(
+            "frames of this size take about %.1f GB, %.1f GB are to be used: one at a time is under way, "
+            "see %s",
+            *(plan.bytes / 1e9, budget / 1e9, "memory=" if encoder == NO_ENCODER else "--memory"),
+        )
+    session.limit(plan.windows)
+    return plan
+
+
 class Upscaler:
     """A connection to one or many Triton servers that upscale frames; use it as a context manager.
 
@@ -82,6 +111,8 @@ class Upscaler:
         transport: ``auto``, ``cuda``, ``system`` (shared memory) or ``grpc``.
         scene_threshold: Mean difference of two frames, in gray levels, that is a scene cut; windows end
             there.
+        memory: Bytes for all frames under way, shared memory among them; None: a quarter of the machine's
+            memory, or of what the control group is given.
 
     Raises:
         ServerError: A server does not answer.
@@ -97,11 +128,12 @@ class Upscaler:
         patience_s: float = DEFAULT_PATIENCE_S,
         transport: str = AUTO,
         scene_threshold: float = DEFAULT_THRESHOLD,
+        memory: int | None = None,
     ) -> None:
         self._stack = ExitStack()
         addresses = [urls] if isinstance(urls, str) else urls
         self._session = self._stack.enter_context(open_session(addresses, model, security, patience_s))
-        self._transport, self._scene_threshold = transport, scene_threshold
+        self._transport, self._scene_threshold, self._memory = transport, scene_threshold, memory
 
     @property
     def scale(self) -> int:
@@ -130,6 +162,7 @@ class Upscaler:
         if first is None:
             return
         layout = Layout.of(_checked(first, None), self._session.contract)
+        plan_for(self._session, layout, self._memory)
         self._session.share_memory((self._session.contract.window, *layout.grid.tile, 3), self._transport)
 
         def padded() -> Iterator[Frame]:

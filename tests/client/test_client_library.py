@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +144,55 @@ def test_a_program_that_never_closes_it_ends(triton: FakeTriton) -> None:
     command = [sys.executable, "-c", NEVER_CLOSED, triton.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
+
+
+def frames_under_way(upscaler: Upscaler) -> int:
+    """The most frames that were read and not yet given back, over a clip."""
+    read = most = 0
+
+    def frames() -> Iterator[np.ndarray]:
+        nonlocal read
+        for image in pictures(60, 64, 64):
+            read += 1
+            yield image
+
+    for done, _ in enumerate(upscaler.upscale(frames())):
+        most = max(most, read - done)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("memory", "most"), [(100, 1), (2_500_000, 3), (None, 32)], ids=["little", "some", "a quarter of all"]
+)
+def test_memory_is_bounded_as_on_the_command_line(
+    memory: int | None, most: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A frame of 64x64 is 12 kB, its answer 197 kB, and what is under way of both some 430 kB."""
+    with (
+        FakeTriton(before_answer=lambda _: time.sleep(0.01)) as triton,
+        Upscaler(triton.url, memory=memory) as upscaler,
+    ):
+        found = frames_under_way(upscaler)
+        assert triton.most_under_way <= most
+        assert found <= most + 3  # those that the window being cut is made of
+        assert upscaler._session._most_held == most
+    assert ("one at a time is under way, see memory=" in caplog.text) == (most == 1)
+
+
+def test_memory_is_a_quarter_of_the_machines_unless_given(
+    triton: FakeTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mst_gan_client.upscaler.default_budget", lambda: 2_500_000)
+    with Upscaler(triton.url) as upscaler:
+        assert frames_under_way(upscaler) <= 6
+
+
+def test_clips_of_several_sizes_have_a_plan_each(triton: FakeTriton) -> None:
+    """The limit of a large clip does not hold for the small one after it."""
+    with Upscaler(triton.url, memory=3_000_000) as upscaler:
+        sizes = []
+        for size in ((64, 64), (16, 16)):
+            triton.most_under_way = 0
+            assert sum(1 for _ in upscaler.upscale(pictures(60, *size))) == 60
+            sizes.append(upscaler._session._most_held)
+    assert sizes[0] < sizes[1]
