@@ -14,7 +14,7 @@ from export.paths import BUILD, ROOT
 from export.training.average import average, interpolate
 from export.training.commands import prune, train, train_all
 from export.training.evaluate_command import evaluate
-from export.training.stream_commands import evaluate_stream, train_stream
+from export.training.sequence_commands import evaluate_stream, train_sequences
 
 
 class Commands(click.Group):
@@ -170,7 +170,7 @@ def repository(folder: Path) -> None:
     write_configs(folder)
 
 
-for command in (train, prune, train_all, average, interpolate, evaluate, train_stream, evaluate_stream):
+for command in (train, prune, train_all, average, interpolate, evaluate, train_sequences, evaluate_stream):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from export.__main__ import main
 from export.checkpoint import FOLDER, load_checkpoint
 from export.errors import ExportError
 from export.training.config import ADVERSARIAL, RECIPES, Config, make_config, read_recipe
+from export.training.sequence_commands import train_sequences
 from export.training.train_all import read_stages
 
 OF_CHECKPOINTS = {path.stem.removeprefix("mst_gan_"): path for path in FOLDER.glob("*.safetensors")}
@@ -20,9 +21,12 @@ OF_CHECKPOINTS = {path.stem.removeprefix("mst_gan_"): path for path in FOLDER.gl
 @pytest.mark.parametrize("name", sorted(OF_CHECKPOINTS))
 def test_every_checkpoint_has_a_recipe_that_its_card_names(name: str) -> None:
     recipe = read_recipe(name)
-    config = make_config(recipe, {"teacher": "x"} if recipe.get("augmented_teacher") else {})
+    if "sequences" in recipe:
+        widths = recipe["sequences"]["widths"]
+    else:
+        widths = make_config(recipe, {"teacher": "x"} if recipe.get("augmented_teacher") else {}).widths
     trunk = load_checkpoint(OF_CHECKPOINTS[name]).widths.name
-    assert config.widths in (trunk, f"{trunk}_trunk")
+    assert widths in (trunk, f"{trunk}_trunk")
     assert f"(../training/recipes/{name}.toml)" in (FOLDER / f"mst_gan_{name}.md").read_text()
 
 
@@ -40,6 +44,9 @@ def test_every_committed_recipe_is_valid(path: Path) -> None:
     recipe = read_recipe(path.stem)
     if "stages" in recipe:
         read_stages(recipe, {}, path.name)
+    elif "sequences" in recipe:
+        options = {option.name for option in train_sequences.params}
+        assert set(recipe["sequences"]) <= options
     else:
         make_config(recipe, {"teacher": "x"})
 

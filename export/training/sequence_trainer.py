@@ -1,10 +1,11 @@
-"""Training of a recurrent network on sequences, with back-propagation through time; resumable."""
+"""Training on sequences of frames; of a recurrent network with back-propagation through time. Resumable."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ KEPT = ("all", "features", "detail", "none")
 
 
 @dataclass(frozen=True)
-class StreamOptions:
+class SequenceOptions:
     """What decides the result of a run, besides clips and machine."""
 
     widths: str = "stream"
@@ -50,6 +51,11 @@ class StreamOptions:
     batch: int = 2
     """Sequences of 40x64 lr pixels."""
     lr: float = 5e-4
+    """Of Muon, the learning rate after ``warmup``."""
+    until: int = 5_000_000_000
+    """Lr pixels with gradients, after which the run ends."""
+    decay_share: float = 0.0
+    """Share of the run, its end, in which the learning rate falls to nothing (half a cosine)."""
     warmup: int = 100
     """Steps."""
     ema: float = 0.998
@@ -61,12 +67,12 @@ class StreamOptions:
     seed: int = 0
 
 
-class StreamTrainer:
+class SequenceTrainer:
     """One run; its folder holds all that a later process needs to continue it."""
 
     def __init__(
         self,
-        options: StreamOptions,
+        options: SequenceOptions,
         sampler: SequenceSampler,
         out: Path,
         init: StreamNetwork | MstGan | None = None,
@@ -183,7 +189,7 @@ class StreamTrainer:
                 f"expected a finite loss and gradient at step {self.step}, found a loss of {value}; resume "
                 "from the last checkpoint with a lower --lr"
             )
-        set_rate(self.optimizer, self.options.lr * min(1.0, (self.step + 1) / max(1, self.options.warmup)))
+        set_rate(self.optimizer, self._rate())
         self.optimizer.step()
         # A short average first, so that it forgets the beginning.
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
@@ -198,8 +204,14 @@ class StreamTrainer:
         self.spent_s += monotonic() - started
         return value
 
-    def run(self, until: int, save_every_s: float) -> None:
-        """Train until ``until`` lr pixels have had gradients, or Ctrl-C or SIGTERM; saves at the end."""
+    def _rate(self) -> float:
+        rises = min(1.0, (self.step + 1) / max(1, self.options.warmup))
+        left = max(0.0, 1 - self.lr_pixels / self.options.until)
+        falls = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / max(self.options.decay_share, 1e-9)))
+        return self.options.lr * rises * falls
+
+    def run(self, save_every_s: float) -> None:
+        """Train to the end of the run, or Ctrl-C or SIGTERM; saves at the end."""
         losses: list[float] = []
         saved = monotonic()
         with deferred_interrupt() as interrupt:
@@ -208,7 +220,7 @@ class StreamTrainer:
                 if self.step % LOG_EVERY == 0:
                     self._log(float(np.mean(losses)))
                     losses.clear()
-                done = interrupt.requested or self.lr_pixels >= until
+                done = interrupt.requested or self.lr_pixels >= self.options.until
                 if done or monotonic() - saved > save_every_s:
                     self.save()
                     saved = monotonic()

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
+from export.__main__ import main
 from export.checkpoint import load_stream_checkpoint
 from export.data import sequences
 from export.data.degradations import bi, degrade
@@ -17,8 +19,8 @@ from export.data.sequences import HR_CROP, Scene, SequenceSampler, load_scenes, 
 from export.errors import ExportError
 from export.network import WIDTHS, Widths
 from export.network.stream import STREAM_WIDTHS, StreamWidths
-from export.training import stream
-from export.training.stream import StreamOptions, StreamTrainer
+from export.training import sequence_trainer
+from export.training.sequence_trainer import SequenceOptions, SequenceTrainer
 from export.training.stream_evaluation import by_age, psnr_by_frame
 
 CHECKPOINTS = Path(__file__).parents[2] / "export" / "checkpoints"
@@ -28,8 +30,8 @@ TINY = StreamWidths(name="tiny_stream", body=16, inner=(8,), features=8)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STREAM_WIDTHS, TINY.name, TINY)
-    monkeypatch.setattr(stream, "LENGTHS", (3,))
-    monkeypatch.setattr(stream, "BURN_IN", (0, 1))
+    monkeypatch.setattr(sequence_trainer, "LENGTHS", (3,))
+    monkeypatch.setattr(sequence_trainer, "BURN_IN", (0, 1))
 
 
 def scene(frames: int = 14, height: int = 170, width: int = 270, seed: int = 0) -> Scene:
@@ -122,12 +124,12 @@ def squares(frames: int = 14) -> Scene:
     return with_lr("squares.mp4", np.stack([picture[:170, t : t + 270] for t in range(frames)]))
 
 
-def trainer(out: Path, **options: object) -> StreamTrainer:
+def trainer(out: Path, **options: object) -> SequenceTrainer:
     sampler = SequenceSampler([squares()], seed=0)
-    return StreamTrainer(StreamOptions(widths="tiny_stream", batch=1, **options), sampler, out, None)
+    return SequenceTrainer(SequenceOptions(widths="tiny_stream", batch=1, **options), sampler, out, None)
 
 
-def steps(run: StreamTrainer, count: int) -> list[float]:
+def steps(run: SequenceTrainer, count: int) -> list[float]:
     return [run.learn(*run.draw(run.step)) for _ in range(count)]
 
 
@@ -174,7 +176,7 @@ def test_the_control_is_a_window_network_on_the_same_frames(
 ) -> None:
     monkeypatch.setitem(WIDTHS, "tiny_window", Widths(name="tiny_window", body=16, body_inner=(8,)))
     sampler = SequenceSampler([squares()], seed=0)
-    run = StreamTrainer(StreamOptions(widths="tiny_window", batch=1), sampler, tmp_path)
+    run = SequenceTrainer(SequenceOptions(widths="tiny_window", batch=1), sampler, tmp_path)
     batch, _ = run.draw(0)
     loss = run.loss(batch, burn_in=1)
     frames, truth = batch.lr[0], F.pixel_unshuffle(batch.hr[0], 4)
@@ -186,7 +188,7 @@ def test_the_control_is_a_window_network_on_the_same_frames(
             windows = torch.stack(window)[None]
             flow, aligned, _ = run.network.flow_align.align(windows)
             alone.append(run.network.generator.generate(windows, flow, aligned))
-        expected = stream.PIXEL_LOSSES["charbonnier_luma"](torch.cat(alone), truth[1:])
+        expected = sequence_trainer.PIXEL_LOSSES["charbonnier_luma"](torch.cat(alone), truth[1:])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     run.learn(batch, 1)
 
@@ -206,8 +208,52 @@ def test_weights_come_back_and_are_scored_by_age(tmp_path: Path) -> None:
 
 def test_the_committed_unfinished_run_resumes(tmp_path: Path) -> None:
     shutil.copy(CHECKPOINTS / "unfinished" / "stream_state.pt", tmp_path / "state.pt")
-    run = StreamTrainer(StreamOptions(), SequenceSampler([squares()], seed=0), tmp_path)
+    run = SequenceTrainer(SequenceOptions(), SequenceSampler([squares()], seed=0), tmp_path)
     served = load_stream_checkpoint(CHECKPOINTS / "unfinished" / "stream.safetensors")
     assert run.step > 0
     for mine, theirs in zip(run.ema.parameters(), served.parameters(), strict=True):
         assert torch.equal(mine.half().float(), theirs)
+
+
+def test_the_learning_rate_rises_stays_and_falls(tmp_path: Path) -> None:
+    run = trainer(tmp_path, lr=1.0, warmup=4, until=100, decay_share=0.5)
+    rates = []
+    for run.step, run.lr_pixels in ((0, 0), (3, 10), (9, 50), (12, 75), (15, 100)):
+        rates.append(run._rate())
+    assert rates == pytest.approx([0.25, 1, 1, 0.5, 0])
+
+
+def test_a_recipe_sets_defaults_and_the_command_line_overrides_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(
+        "export.training.sequence_trainer.SequenceTrainer", lambda options, *_: found.append(options)
+    )
+    for module, name in (
+        ("degraded", "render_photos"), ("degraded", "degrade_scenes"), ("line_art", "draw_all"),
+        ("sequences", "build_cache"), ("sequences", "load_scenes"), ("sequences", "load_photos"),
+        ("sequences", "share_scenes"), ("sequences", "SequenceSampler"),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"export.data.{module}.{name}", lambda *_, **__: [])
+    (tmp_path / "names.txt").touch()
+    files = [
+        "--clips",
+        tmp_path,
+        "--photos",
+        tmp_path,
+        "--validation",
+        tmp_path / "names.txt",
+        "--out",
+        "run",
+    ]
+    command = ["train-sequences", "--recipe", "real", *map(str, files), "--lr", "1e-3"]
+    CliRunner().invoke(main, command)
+    (options,) = found
+    assert (options.widths, options.lr, options.until) == ("student", 1e-3, 150_000_000)
+    (tmp_path / "wrong.toml").write_text("[sequences]\nwidht = 3\n")
+    result = CliRunner().invoke(main, [*command, "--recipe", str(tmp_path / "wrong.toml")])
+    assert result.exit_code == 1
+    assert "expected settings of train-sequences in" in result.output and "found widht" in result.output
+    result = CliRunner().invoke(main, [*command, "--recipe", "student"])
+    assert "expected a table [sequences] in the recipe student" in result.output

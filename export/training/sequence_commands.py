@@ -1,4 +1,4 @@
-"""``python -m export train-stream`` and ``evaluate-stream``."""
+"""``python -m export train-sequences`` and ``evaluate-stream``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,31 @@ _PATH = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, exists=True)
 
 
-@click.command("train-stream")
+def _from_recipe(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Make a recipe's settings the defaults of all options."""
+    if name is None:
+        return
+    from export.errors import ExportError
+    from export.training.config import read_recipe
+
+    recipe = read_recipe(name).get("sequences")
+    if recipe is None:
+        raise ExportError(
+            f"expected a table [sequences] in the recipe {name}, found none; is it one of `train`?"
+        )
+    known = {parameter.name for parameter in context.command.params}
+    if unknown := set(recipe) - known:
+        raise ExportError(
+            f"expected settings of train-sequences in {name}, found {', '.join(sorted(unknown))}"
+        )
+    context.default_map = recipe
+
+
+@click.command("train-sequences")
+@click.option(
+    "--recipe", callback=_from_recipe, is_eager=True, expose_value=False,
+    help="Settings: a name of export/training/recipes, or a TOML file.",
+)  # fmt: skip
 @click.option("--clips", type=_FILE, required=True, help="Folder of videos.")
 @click.option("--photos", type=_FILE, required=True, help="Folder of photos, over which a camera moves.")
 @click.option("--validation", type=_FILE, required=True, help="Text file with names of clips to leave out.")
@@ -24,11 +48,12 @@ _FILE = click.Path(path_type=Path, exists=True)
 @click.option("--out", type=_PATH, required=True, help="Run folder; an existing run is resumed.")
 @click.option("--until", type=float, default=5e9, help="Lr pixels to train on.")
 @click.option(
-    "--widths", default="stream", help="Of a recurrent network, or of a window network: the control."
+    "--widths", default="stream", help="Width table, of a recurrent network or of a window network."
 )
 @click.option("--line-art", type=int, default=400, help="Synthetic drawings, used as photos.")
 @click.option("--batch", type=int, default=2, help="Sequences per step.")
 @click.option("--lr", type=float, default=5e-4, help="Learning rate.")
+@click.option("--decay-share", type=float, default=0.0, help="Share of the run in which it falls to nothing.")
 @click.option("--kept", default="all", help="What of the state is kept: all, features, detail or none.")
 @click.option(
     "--real", "variants", type=int, default=0,
@@ -37,12 +62,12 @@ _FILE = click.Path(path_type=Path, exists=True)
 @click.option("--rendered", type=int, default=240, help="Sequences rendered from photos.")
 @click.option("--seed", type=int, default=0, help="Seed of the batches.")
 @click.option("--save-every", type=float, default=180.0, help="Seconds between checkpoints.")
-def train_stream(
+def train_sequences(
     clips: Path, photos: Path, validation: Path, cache: Path, init: Path | None, out: Path, until: float,
-    widths: str, line_art: int, batch: int, lr: float, kept: str, variants: int, rendered: int, seed: int,
-    save_every: float,
+    widths: str, line_art: int, batch: int, lr: float, decay_share: float, kept: str, variants: int,
+    rendered: int, seed: int, save_every: float,
 ) -> None:  # fmt: skip
-    """Train a recurrent network on sequences. Ctrl-C saves; run the same command again to resume."""
+    """Train a recurrent or a window network on sequences. Ctrl-C saves; the same command again resumes."""
     from export.checkpoint import load_checkpoint
     from export.data.degraded import degrade_scenes, render_photos
     from export.data.line_art import draw_all
@@ -50,7 +75,7 @@ def train_stream(
     from export.errors import ExportError
     from export.network import WIDTHS, MstGan
     from export.network.stream import STREAM_WIDTHS, StreamNetwork, from_window_network
-    from export.training.stream import GROUPS, KEPT, StreamOptions, StreamTrainer
+    from export.training.sequence_trainer import GROUPS, KEPT, SequenceOptions, SequenceTrainer
 
     for option, value, allowed in (("widths", widths, {**STREAM_WIDTHS, **WIDTHS}), ("kept", kept, KEPT)):
         if value not in allowed:
@@ -68,8 +93,10 @@ def train_stream(
     start: StreamNetwork | MstGan | None = window
     if window and widths in STREAM_WIDTHS:
         start = from_window_network(window.generator, STREAM_WIDTHS[widths])
-    options = StreamOptions(widths=widths, batch=batch, lr=lr, kept=kept, seed=seed)
-    StreamTrainer(options, sampler, out, start).run(int(until), save_every)
+    options = SequenceOptions(
+        widths=widths, batch=batch, lr=lr, until=int(until), decay_share=decay_share, kept=kept, seed=seed
+    )
+    SequenceTrainer(options, sampler, out, start).run(save_every)
 
 
 @click.command("evaluate-stream")
