@@ -83,7 +83,7 @@ def run_one(src: Source, dst: Path, session: Session, options: Options, progress
 
 def rehearse(src: Source, dst: Path, session: Session, options: Options) -> str:
     """Upscale the first frames into a folder that vanishes, and estimate from them what all would take."""
-    with Video(src, options.selection) as video, TemporaryDirectory() as folder:
+    with Video(src, options.selection, options.deinterlace) as video, TemporaryDirectory() as folder:
         expected = video.frames_expected(options.range)
         few = replace(options, range=replace(options.range, frames=min(session.in_flight, expected or 1)))
         sample = Path(folder) / dst.name
@@ -299,14 +299,14 @@ def main(
                 source, out = jobs[0]
                 if reference:
                     with stage(f"cannot read {reference}", "check that it plays"):
-                        check_reference(reference, source, session.contract, final_size)
+                        check_reference(reference, source, session.contract, options)
                 result = run_one(source, out, session, options, progress)
                 if report_page:
                     with stage(f"cannot write the report {report_page}"):
                         write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
                 if compare:
                     with stage(f"cannot write the comparison {compare}"):
-                        compare_clips(source, options.range, out, compare)
+                        compare_clips(source, options, out, compare)
     except UpscaleError as err:
         if as_json:
             progress.failed(Path(src), str(err))

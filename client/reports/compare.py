@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from av.video.reformatter import Interpolation
 from ..durable import atomic_write
 from ..errors import UpscaleError
 from ..frames.windows import Image, Size
+from ..pipeline import Options
 from ..video.decode import Video
 from ..video.encode import PNG, encode, encoding_from_options
 from ..video.images import PNG_SUFFIX
@@ -28,12 +31,28 @@ WHITE = 255
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 
 
-def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None:
+@contextmanager
+def lr_and_hr(source: Source, options: Options, upscaled: Path) -> Iterator[tuple[Video, Video]]:
+    """Open a clip as it was opened to be upscaled, and what came of it; what they are like was said then."""
+    decoders = logging.getLogger(Video.__module__.rpartition(".")[0])
+    level = decoders.level
+    decoders.setLevel(logging.ERROR)
+    try:
+        with (
+            Video(source, options.selection, options.deinterlace) as lr,
+            Video(Source(upscaled)) as hr,
+        ):
+            yield lr, hr
+    finally:
+        decoders.setLevel(level)
+
+
+def compare(source: Source, options: Options, upscaled: Path, target: Path) -> None:
     """Show what upscaling gained over bicubic interpolation, which is always on the left.
 
     Args:
         source: The lr clip.
-        wanted: The part of it that was upscaled.
+        options: How it was upscaled.
         upscaled: The hr clip.
         target: A ``.png`` file for sample frames, each with the detail that changed most, or a video of
             all frames, left half bicubic, right half ours.
@@ -42,15 +61,16 @@ def compare(source: Source, wanted: Range, upscaled: Path, target: Path) -> None
         OSError, av.FFmpegError: A clip cannot be read, or the target cannot be written.
         ValueError: The two clips do not have the same number of frames.
     """
-    with Video(source) as lr, Video(Source(upscaled)) as hr:
+    with lr_and_hr(source, options, upscaled) as (lr, hr):
         total = count_frames(upscaled)
-        (height, width), aspect = hr.picture.size, hr.picture.sample_aspect_ratio
-        if quarter_turns(hr.picture) % 2:
-            height, width, aspect = width, height, aspect and 1 / aspect
-        picture = replace(hr.picture, size=(height, width), sample_aspect_ratio=aspect, display_matrix=None)
+        aspect = hr.picture.sample_aspect_ratio
+        if aspect and turns(hr.picture)[0] % 2:
+            aspect = 1 / aspect
+        size = upright_size(hr.picture)
+        picture = replace(hr.picture, size=size, sample_aspect_ratio=aspect, display_matrix=None)
         pairs = (
             (upright(resized(before.image, hr.picture.size), hr.picture), upright(after.image, hr.picture))
-            for before, after in zip(lr.frames(wanted), hr.frames(Range()), strict=True)
+            for before, after in zip(lr.frames(options.range), hr.frames(Range()), strict=True)
         )
         with atomic_write(target) as draft:
             if target.suffix.lower() == PNG_SUFFIX:
@@ -74,15 +94,26 @@ def sample_numbers(total: int) -> set[int]:
     return {(2 * n + 1) * max(total, 1) // (2 * SAMPLES) for n in range(SAMPLES)}
 
 
-def quarter_turns(picture: Picture) -> int:
-    """How often a player turns the picture by 90 degrees, counterclockwise."""
-    matrix = picture.display_matrix
-    return round(-math.atan2(matrix[1], matrix[0]) / (math.pi / 2)) if matrix else 0
+def turns(picture: Picture) -> tuple[int, bool]:
+    """How a player shows the picture: quarter turns counterclockwise, and whether it is mirrored before."""
+    if not picture.display_matrix:
+        return 0, False
+    a, b, _, c, d, *_ = picture.display_matrix
+    is_mirrored = a * d < b * c
+    sign = -1 if is_mirrored else 1
+    return round(-math.atan2(sign * b, sign * a) / (math.pi / 2)) % 4, is_mirrored
 
 
 def upright(image: Image, picture: Picture) -> Image:
-    """Turn an image of a clip as a player does."""
-    return np.ascontiguousarray(np.rot90(image, quarter_turns(picture)))
+    """Turn and mirror an image of a clip as a player does."""
+    quarters, is_mirrored = turns(picture)
+    return np.ascontiguousarray(np.rot90(image[:, ::-1] if is_mirrored else image, quarters))
+
+
+def upright_size(picture: Picture) -> Size:
+    """(height, width) of the picture as a player shows it."""
+    height, width = picture.size
+    return (width, height) if turns(picture)[0] % 2 else (height, width)
 
 
 def resized(image: Image, size: Size) -> Image:

@@ -17,14 +17,15 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from ..durable import atomic_write
 from ..errors import UpscaleError
-from ..frames.windows import Image, Size
+from ..frames.windows import Image
 from ..pipeline import Options, Result, shapes_of
 from ..serving.contract import Contract
 from ..video.color import BT470BG, Color, frame_from_rgb
 from ..video.decode import Video
+from ..video.deinterlace import OFF
 from ..video.picture import Range
 from ..video.source import Source
-from .compare import most_changed, resized, sample_numbers, upright
+from .compare import lr_and_hr, most_changed, resized, sample_numbers, upright, upright_size
 from .scores import luma, psnr_db, ssim
 
 JFIF = Color(BT470BG, True, ColorPrimaries.UNSPECIFIED, ColorTrc.UNSPECIFIED)
@@ -86,15 +87,16 @@ class Sample:
     """By name: bicubic, ours and, if it is known, the truth."""
 
 
-def check_reference(reference: Path, source: Source, contract: Contract, final_size: Size | None) -> None:
-    """Refuse a reference of another size than the clip will have, before any work is done.
+def check_reference(reference: Path, source: Source, contract: Contract, options: Options) -> None:
+    """Refuse a reference of another size than the clip will have as players show it, before the work.
 
     Raises:
         UpscaleError: It does not fit, or one of the two is not readable.
     """
-    with Video(source) as lr, Video(Source(reference)) as truth:
-        height, width = shapes_of(lr.picture, contract, final_size).hr.size
-        found_height, found_width = truth.picture.size
+    with lr_and_hr(source, options, reference) as (lr, truth):
+        hr = shapes_of(lr.picture, contract, options.final_size, options.square_pixels).hr
+        height, width = upright_size(hr)
+        found_height, found_width = upright_size(truth.picture)
     if (found_height, found_width) != (height, width):
         raise UpscaleError(
             f"expected a reference of {width}x{height}, found {found_width}x{found_height}: {reference}"
@@ -119,13 +121,14 @@ def write_page(
         upscaled: The hr clip.
         result: What the run did.
         server: Which model did it, and where.
-        reference: The truth, a clip as large and as long as the upscaled one, for PSNR and SSIM.
+        reference: The truth, for PSNR and SSIM: a clip as large as the upscaled one and as long as the lr
+            clip, of which the same part is taken.
 
     Raises:
-        UpscaleError: The reference is shorter than the clip.
+        UpscaleError: The reference does not have as many frames.
         OSError, av.FFmpegError: A clip cannot be read, or the page cannot be written.
     """
-    samples, scores = _look(source, options.range, upscaled, reference, sample_numbers(result.frames))
+    samples, scores = _look(source, options, upscaled, reference, sample_numbers(result.frames))
     (lr_height, lr_width), (hr_height, hr_width) = result.lr_size, result.hr_size
     facts = {
         "Input": source.path,
@@ -155,34 +158,40 @@ def write_page(
 
 
 def _look(
-    source: Source, wanted: Range, upscaled: Path, reference: Path | None, numbers: set[int]
+    source: Source, options: Options, upscaled: Path, reference: Path | None, numbers: set[int]
 ) -> tuple[list[Sample], dict[str, str]]:
     """Go through the clips once: the sample frames, and mean scores against the truth."""
     samples, found, first = [], [], None
     with ExitStack() as files:
-        lr = files.enter_context(Video(source))
-        hr = files.enter_context(Video(Source(upscaled)))
+        lr, hr = files.enter_context(lr_and_hr(source, options, upscaled))
         truth = files.enter_context(Video(Source(reference))) if reference else None
-        truths = truth.frames(Range()) if truth else None
-        pairs = zip(lr.frames(wanted), hr.frames(Range()), strict=True)
+        truths = truth.frames(options.range) if truth else None
+        pairs = zip(lr.frames(options.range), hr.frames(Range()), strict=True)
         for number, (before, after) in enumerate(pairs):
             first = before.pts if first is None else first
             if number not in numbers and truths is None:
                 continue
-            versions = {"bicubic": resized(before.image, hr.picture.size), "ours": after.image}
-            if truths is not None:
+            versions = {
+                "bicubic": upright(resized(before.image, hr.picture.size), hr.picture),
+                "ours": upright(after.image, hr.picture),
+            }
+            if truth and truths is not None:
                 exact = next(truths, None)
                 if exact is None:
                     raise UpscaleError(
-                        f"expected a reference as long as the clip, found {number} frames: {reference}"
+                        f"expected a reference as long as {source.path}, found the end of {reference} after "
+                        f"{number} frames of this part"
                     )
-                versions["truth"] = exact.image
+                versions["truth"] = upright(exact.image, truth.picture)
                 bicubic, ours, real = map(luma, versions.values())
                 found.append([measure(p, real) for p in (bicubic, ours) for measure in (psnr_db, ssim)])
             if number in numbers:
-                versions = {name: upright(image, hr.picture) for name, image in versions.items()}
                 at_s = float((before.pts - first) * lr.picture.time_base)
                 samples.append(Sample(f"frame {number + 1}, {at_s:.2f} s", versions))
+        if truths is not None and next(truths, None) is not None:
+            raise UpscaleError(
+                f"expected a reference as long as {source.path}, found more frames in {reference}"
+            )
     if not found:
         return samples, {}
     means = np.mean(found, axis=0)
@@ -219,6 +228,7 @@ def _settings(options: Options) -> dict[str, str]:
     return {
         "Encoder": ", ".join([encoding.codec.encoder, encoding.pix_fmt, *map(" ".join, encoding.options)]),
         "Part of the clip": ", ".join(limits) or "all",
+        **({"Deinterlaced": options.deinterlace} if options.deinterlace != OFF else {}),
         "Scene threshold": f"{options.scene_threshold:g} gray levels",
     }
 

@@ -9,8 +9,10 @@ import subprocess
 import numpy as np
 import pytest
 from client_fakes import LOSSLESS, decoded, nearest, pictures, run_client, write_clip
+from ffmpeg import ffmpeg
 from requirements import missing
 
+from mst_gan_client.reports.compare import resized
 from mst_gan_client.reports.scores import luma, psnr_db, ssim
 
 
@@ -69,6 +71,45 @@ def test_scores_against_the_truth(clip, triton, truth):
     assert ours > bicubic
     assert re.search(r"SSIM of luma<td>0\.\d{4}, bicubic 0\.\d{4}", page)
     assert page.count("<figcaption>truth</figcaption>") == 3
+
+
+def scores(page):
+    return tuple(map(float, re.search(r"PSNR of luma<td>([\d.]+) dB, bicubic ([\d.]+) dB", page).groups()))
+
+
+def test_of_a_reference_the_same_part_is_taken(clip, triton, truth):
+    """Each frame of the truth is another; the wrong ones would score some 20 dB."""
+    page = page_of(clip, triton, "--reference", truth, "--start", "0.12", "--max-frames", 3)
+    hr, exact = decoded(clip.with_name("out.mkv")), decoded(truth)[3:6]
+    expected = np.mean([psnr_db(luma(a), luma(b)) for a, b in zip(hr, exact, strict=True)])
+    assert abs(scores(page)[0] - expected) < 0.006
+
+
+def test_a_reference_of_another_length(clip, triton, tmp_path):
+    exact = [nearest(image[None, None].repeat(3, 1))[0] for image in pictures(12)]
+    for count, found in ((8, "found the end of"), (12, "found more frames in")):
+        other = write_clip(tmp_path / f"{count}.mkv", exact[:count], codec="ffv1", pix_fmt="bgr0")
+        options = ("--report", tmp_path / "r.html", "--reference", other, "--overwrite")
+        result = run_client(clip, tmp_path / "out.mkv", "--url", triton.url, *LOSSLESS, *options)
+        assert result.exit_code == 1
+        assert f"expected a reference as long as {clip}, {found}" in result.output
+
+
+def test_a_reference_of_a_turned_clip_may_be_upright(clip, triton, truth, tmp_path):
+    """They are compared as players show them; a half turn does not change their size."""
+    turned = ffmpeg("-display_rotation", "180", "-i", clip, "-c", "copy", tmp_path / "turned.mkv")
+    upright = [np.rot90(image, 2).copy() for image in decoded(truth)]
+    reference = write_clip(tmp_path / "upright.mkv", upright, codec="ffv1", pix_fmt="bgr0")
+    straight = scores(page_of(clip, triton, "--reference", truth))
+    assert scores(page_of(turned, triton, "--reference", reference, "--overwrite")) == straight
+
+
+def test_a_reference_of_square_pixels(tmp_path, triton):
+    clip = ffmpeg("-i", write_clip(tmp_path / "p.mkv", pictures(4)), "-vf", "setsar=2/1", tmp_path / "in.mkv")
+    wide = [resized(image, (128, 384)) for image in pictures(4)]
+    reference = write_clip(tmp_path / "wide.mkv", wide, codec="ffv1", pix_fmt="bgr0")
+    page = page_of(clip, triton, "--square-pixels", "--reference", reference)
+    assert "PSNR of luma" in page
 
 
 def test_a_reference_that_does_not_fit(clip, triton, tmp_path):
