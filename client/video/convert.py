@@ -16,6 +16,8 @@ from .stills import tags_of
 
 log = logging.getLogger(__name__)
 
+FULL_RANGE = "yuvj", "yuv"  # an old name of the same format with full range, which the colors tell
+
 
 class Converter:
     """Converts the frames of one clip.
@@ -83,7 +85,7 @@ class Converter:
         changes = {}
         if (frame.height, frame.width) != self._stored and not self._stills:
             changes["size"] = f"{frame.width}x{frame.height} instead of {first.width}x{first.height}"
-        if frame.format.name != first.format.name:
+        if frame.format.name.replace(*FULL_RANGE) != first.format.name.replace(*FULL_RANGE):
             changes["pixel format"] = f"{frame.format.name} instead of {first.format.name}"
         if color != self.color:
             changes["colors"] = f"{color} instead of {self.color}"

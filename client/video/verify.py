@@ -17,7 +17,7 @@ from .clock import packets_of
 from .layout import Forms, in_order
 from .picture import Picture
 from .source import Source, file_url
-from .streams import Selection, is_cover, is_made_by_muxer, main_stream, read_all
+from .streams import Selection, describe, is_cover, is_made_by_muxer, main_stream, read_all
 from .times import EVERYTHING, Span, Times
 from .tracks import AUDIO_CODECS
 
@@ -37,6 +37,17 @@ def is_pause(packet: Packet[Any]) -> bool:
     """Whether a packet says that no subtitle is shown; MP4's muxer writes these by itself."""
     context = packet.stream.codec_context
     return context is not None and context.name == "mov_text" and bytes(packet) == b"\0\0"
+
+
+def can_decode(stream: Stream) -> bool:
+    """Whether a stream is audio whose decoder opens with what the container says of it."""
+    if stream.type != "audio" or stream.codec_context is None:
+        return False
+    try:
+        stream.codec_context.open(strict=False)
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
 
 
 def contents_of(container: InputContainer, forms: Forms, span: Span) -> Contents:
@@ -97,6 +108,8 @@ def verify(
 ) -> None:
     """Compare a written file: streams, what is in them, frame times, chapters, shape of pixels.
 
+    Audio that can be decoded from the source must be so from the file: muxers write what no demuxer reads.
+
     Args:
         path: The file.
         source: Where everything but the picture comes from.
@@ -129,6 +142,9 @@ def verify(
             assert new.time_base is not None
             if abs(pts * new.time_base - frame * times.time_base) > new.time_base / 2:
                 expect(f"time of frame {index + 1}", frame * times.time_base, pts * new.time_base)
+        for one, written in zip(kept, there, strict=True):
+            if can_decode(one) and not can_decode(written):
+                expect("sound that can be decoded as", describe(one), "one that cannot")
         copies = {
             one.index: copy.index
             for one, copy in zip(kept, there, strict=True)

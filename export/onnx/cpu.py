@@ -3,6 +3,9 @@
 320x180, one thread of an AVX-512 machine, 2026-11-26: flow_align falls from 22.8 ms to 14.4, warps being most
 of it. Warps and shuffles were a quarter of the INT8 generator before they were rewritten; colors, blocks and
 the rest make another 4 of 107 ms (pruned), and a quarter less memory for activations.
+
+The graph is rewritten, and not exported from modules that are written so: torch's exporter works out shapes
+that ONNX leaves open, gathers by 64-bit indices, and would have to write each stage a second time.
 """
 
 from __future__ import annotations

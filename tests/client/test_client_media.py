@@ -340,6 +340,17 @@ def test_whatever_pyav_raises_is_one_line(tmp_path, triton, film, monkeypatch):
         assert f"cannot read {film} ({type(error).__name__}: {error}): check that it plays" in line
 
 
+@pytest.mark.parametrize("codec", ["wmav1", "wmav2"])
+def test_sound_that_nobody_could_decode_is_refused_first(tmp_path, triton, codec):
+    """MOV's muxer takes WMA, and what it writes plays nowhere."""
+    source = ffmpeg(*FILM, *TONE, "-c:v", "wmv2", "-c:a", codec, tmp_path / "in.wmv")
+    line = refused(source, tmp_path / "out.mov", triton)
+    assert f".mov files cannot hold stream 1 (audio {codec})" in line
+    assert "name the output .mkv, or pass --audio aac" in line
+    out = upscaled(source, tmp_path / "out.mov", triton, "--audio", "aac")
+    assert codecs(out) == ["h264", "aac"]
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
 def test_sound_that_starts_late_stays_in_step(tmp_path, triton, film, suffix):
     """In MP4 a late start is a pause, counted in a unit that must be fine enough."""
