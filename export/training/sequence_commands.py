@@ -56,7 +56,7 @@ def _from_recipe(context: click.Context, _: click.Parameter, name: str | None) -
 @click.option("--decay-share", type=float, default=0.0, help="Share of the run in which it falls to nothing.")
 @click.option("--kept", default="all", help="What of the state is kept: all, features, detail or none.")
 @click.option(
-    "--real", "variants", type=int, default=0,
+    "--variants", type=int, default=0,
     help="Variants of every scene as cameras and codecs make it; 0: reduced by bicubic alone.",
 )  # fmt: skip
 @click.option("--rendered", type=int, default=240, help="Sequences rendered from photos.")
