@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -115,22 +116,27 @@ def tag_stream(stream: VideoStream, picture: Picture) -> None:
     stream.colorspace = RGB if stream.format.is_rgb else picture.color.matrix
 
 
+_OPENING = threading.Lock()
+
+
 @contextmanager
 def same_scheduling() -> Iterator[None]:
     """Undo what a library does to the scheduling of this process's threads.
 
     SVT-AV1, run as root, makes them real-time (``SCHED_FIFO`` 99): a server on the same cores would starve.
+    One encoder is opened at a time, or a second one would take that for the process's own scheduling.
     """
     if not hasattr(os, "sched_getscheduler"):  # not Linux
         yield
         return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        for thread in os.listdir("/proc/self/task"):
-            with suppress(OSError):  # it has ended
-                os.sched_setscheduler(int(thread), policy, parameters)
+    with _OPENING:
+        policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+        try:
+            yield
+        finally:
+            for thread in os.listdir("/proc/self/task"):
+                with suppress(OSError):  # it has ended
+                    os.sched_setscheduler(int(thread), policy, parameters)
 
 
 def encode(

@@ -20,6 +20,7 @@ from client_fakes import (
 )
 
 from mst_gan_client.record import SAMPLE_BYTES, SAMPLES, Record, input_identity
+from mst_gan_client.video import convert
 from mst_gan_client.video.mux import Muxer
 from mst_gan_client.video.source import Source
 
@@ -119,10 +120,8 @@ def test_a_clip_that_is_decoded_in_another_way_is_not_mixed_in(tmp_path, triton,
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert upscale(clip, out, triton).exit_code == 1
-    import mst_gan_client.video.decode as decode
-
-    original = decode.rgb_from_frame
-    monkeypatch.setattr(decode, "rgb_from_frame", lambda *arguments: original(*arguments) ^ 1)
+    original = convert.rgb_from_frame
+    monkeypatch.setattr(convert, "rgb_from_frame", lambda *arguments: original(*arguments) ^ 1)
     result = upscale(clip, out, triton)
     assert result.exit_code == 1
     assert f"expected frame 14 of {clip} as it was when the unfinished run read it" in result.stderr

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from client_fakes import (
     sum_of_window,
     write_clip,
 )
+
+from mst_gan_client.video.encode import same_scheduling
 
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 
@@ -367,6 +371,22 @@ def test_no_torch_and_no_export_is_loaded():
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_encoders_open_one_at_a_time():
+    """One that opens beside SVT-AV1 would take real-time for the scheduling that it is to restore."""
+    inside, most = [], []
+
+    def open_one(_):
+        with same_scheduling():
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_one, range(8)))
+    assert max(most) == 1
 
 
 def test_an_encoder_leaves_the_scheduling_of_the_process_alone(tmp_path):

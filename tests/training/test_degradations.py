@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -141,6 +143,16 @@ def test_codecs_keep_order_size_and_levels(coding: Coding, size: tuple[int, int]
     assert coded.shape == frames.shape
     np.testing.assert_allclose(coded[:, 30:, 30:].mean((1, 2, 3)), levels, atol=3)
     np.testing.assert_allclose(coded[:, 4:16, 4:16].mean((1, 2, 3)), 128, atol=3)
+
+
+def test_encoders_side_by_side_leave_the_scheduling_alone() -> None:
+    """SVT-AV1, run as root, makes its process real-time; an encoder beside it must not keep that."""
+    frames = np.zeros((2, 64, 64, 3), np.uint8)
+    before = os.sched_getscheduler(0)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(transcode, [frames] * 12, [CODINGS[-1]] * 12))
+        policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+    assert policies == {before}
 
 
 def test_a_lower_quality_loses_more(truth: np.ndarray) -> None:
