@@ -25,6 +25,7 @@ from .orientation import display_matrix
 from .picture import Frame, Picture, Range
 from .seek import Seek, seek
 from .source import Source
+from .stills import count_images
 from .streams import EVERY_STREAM, Selection, is_cover, main_stream, needs_dolby_vision
 from .y4m import Y4M_FORMAT, rest_of_frame
 
@@ -36,6 +37,7 @@ LARGEST_RATE_TERM = 2**30  # encoders keep the rate as two 32-bit integers
 MOST_WITHOUT_TIME = 32  # frames at the beginning that are kept until one has a time
 STEPS_BACK = 2  # frames by which times step back where another recording begins
 DURATION_IS_END = ("asf",)  # containers whose streams are as long as until the end of the last
+PAGED_SUFFIXES = frozenset((".tif", ".tiff", ".webp"))  # of which FFmpeg shows one image, or none
 ALPHA = ("alpha_mode", "1")  # Matroska's tag of VP8 and VP9, whose decoder leaves transparency out
 
 
@@ -89,9 +91,17 @@ class Video:
         """Frames that came out of the decoder, but not whole."""
         self._decoded = progressive(self._with_times(self._decode()), self._stream, deinterlace)
         first = next(self._decoded, None)
+        images = count_images(source.path) if source.path.suffix.lower() in PAGED_SUFFIXES else 1
+        if first is None and images > 1:
+            raise UpscaleError(
+                f"expected a still image, found an animation of {images} frames in {self.path}, which FFmpeg "
+                "does not decode: convert it to a GIF or a video first"
+            )
         if first is None:
             raise UpscaleError(f"expected a video, found no frame in {self.path}: check that it plays")
         self._first = first
+        if images > 1:
+            log.warning("of %d images in %s, the first is taken", images, self.path)
         self.stream_index = self._stream.index
         """Number of the stream with the picture."""
         self.is_dolby_vision = needs_dolby_vision(self._stream)
@@ -335,7 +345,9 @@ class Video:
 
     def _picture(self, first: av.VideoFrame, deinterlace: str) -> Picture:
         stream = self._stream
-        has_alpha = any(component.is_alpha for component in first.format.components)
+        # CMYK comes from the JPEG decoder in planes that are called RGB and alpha.
+        is_jpeg = stream.codec_context.name == "mjpeg"
+        has_alpha = not is_jpeg and any(component.is_alpha for component in first.format.components)
         if has_alpha or ALPHA in {(key.lower(), value) for key, value in stream.metadata.items()}:
             log.warning("transparency is left out")
         if first.interlaced_frame and deinterlace == OFF:

@@ -46,6 +46,15 @@ class StillTags:
         return png[:PNG_START_BYTES] + chunks + png[PNG_START_BYTES:]
 
 
+def count_images(path: Path) -> int:
+    """How many images a file has by Pillow, which knows more pages and animations than FFmpeg; 1: unknown."""
+    try:
+        with Pillow.open(path) as image:
+            return int(getattr(image, "n_frames", 1))
+    except Exception:  # whatever Pillow makes of an image that FFmpeg may still decode
+        return 1
+
+
 @cache
 def tags_of(path: Path) -> StillTags:
     """Read an image's tags; what cannot be read or kept is said and left out."""

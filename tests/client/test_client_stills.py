@@ -109,3 +109,28 @@ def test_a_camera_that_tags_every_frame(tmp_path, triton):
     clip = ffmpeg("-loop", "1", "-i", tmp_path / "0.jpg", "-frames:v", "4", "-c", "copy", tmp_path / "in.avi")
     out = upscaled(clip, tmp_path / "out.mp4", triton)
     assert len(decoded(out)) == 4
+
+
+def test_pages_that_are_left_out_are_said(tmp_path, triton, caplog):
+    """FFmpeg shows the first page alone, and nothing of an animated WebP."""
+    image = Image.fromarray(PICTURE)
+    for name in ("pages.tiff", "animation.webp"):
+        image.save(tmp_path / name, save_all=True, append_images=[Image.fromarray(255 - PICTURE)] * 2)
+    upscaled(tmp_path / "pages.tiff", tmp_path / "out.png", triton)
+    assert f"of 3 images in {tmp_path / 'pages.tiff'}, the first is taken" in caplog.text
+    result = run_client(tmp_path / "animation.webp", tmp_path / "b.png", "--url", triton.url)
+    assert result.exit_code == 1
+    assert "expected a still image, found an animation of" in result.output
+    caplog.clear()
+    image.save(tmp_path / "one.tiff")
+    upscaled(tmp_path / "one.tiff", tmp_path / "one.png", triton)
+    assert "is taken" not in caplog.text
+
+
+def test_cmyk_is_no_transparency(tmp_path, triton, caplog):
+    Image.fromarray(PICTURE).convert("CMYK").save(tmp_path / "in.jpg", quality=100, subsampling=0)
+    out = upscaled(tmp_path / "in.jpg", tmp_path / "out.png", triton)
+    with Image.open(tmp_path / "in.jpg") as source:
+        shown = np.asarray(source.convert("RGB")).astype(int)
+    assert np.abs(decoded(out)[0][2::4, 2::4] - shown).max() <= 2
+    assert "transparency" not in caplog.text
