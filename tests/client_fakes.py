@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from mst_gan_client.cli import main
+from mst_gan_client.video.encode import same_scheduling
 
 LOSSLESS = ("--codec", "ffv1", "--pix-fmt", "bgr0")  # options of the client
 
@@ -304,7 +305,8 @@ def write_clip(
         for i, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt)
             frame.pts, frame.time_base = (pts[i] if pts else i), time_base
-            container.mux(stream.encode(frame))
+            with same_scheduling() if i == 0 else nullcontext():
+                container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound:
             for start in range(0, int(len(images) / rate * 48000), 1024):

@@ -73,6 +73,23 @@ def is_of_others(pid: int) -> bool:
         return True
 
 
+@pytest.fixture(autouse=True)
+def _scheduling_stays() -> Iterator[None]:
+    """A test that makes this process real-time, as SVT-AV1 does for root, would disturb all after it."""
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    yield
+    changed = False
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it has ended
+            if os.sched_getscheduler(int(thread)) != policy:
+                os.sched_setscheduler(int(thread), policy, parameters)
+                changed = True
+    assert not changed, "the scheduling of this process's threads changed, see same_scheduling"
+
+
 SESSION = pytest.StashKey[Session]()
 
 
