@@ -5,12 +5,19 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from .errors import UpscaleError
+from . import lease
+from .errors import HeldError, UpscaleError
+from .pipeline import Options
+from .progress import Progress
+from .run import upscale
+from .serving.session import Session
+from .stages import reason_of
 from .video.source import IMAGE_SUFFIXES, PIPE, Source, is_hidden, is_pipe
 
 VIDEO_SUFFIXES = frozenset(
@@ -23,6 +30,8 @@ VIDEO_SUFFIXES = frozenset(
 )
 KEPT_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # others are written as Matroska, which holds every stream
 
+
+HELD_POLL_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -128,3 +137,56 @@ def _output_name(path: Path) -> str:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return f"{path.stem}.png"
     return path.name if path.suffix.lower() in KEPT_SUFFIXES else f"{path.name}.mkv"
+
+
+def run_all(jobs: list[Job], session: Session, options: Options, progress: Progress, overwrite: bool) -> bool:
+    """Upscale clip after clip, whatever becomes of each.
+
+    A clip that another run is writing is left to it. At the end it is looked at once more, when the lease of
+    a run that had ended without a word would be over: then this one takes over.
+
+    Returns:
+        Whether nothing failed.
+    """
+    done, left_s = _pass_through(jobs, session, options, progress, overwrite)
+    held = [job for job in jobs if job in left_s]
+    for job in held:
+        while not job[1].exists() and time.monotonic() < left_s[job] + lease.LEASE_S + 1:
+            time.sleep(HELD_POLL_S)
+    again, _ = _pass_through(held, session, options, progress, overwrite, say_finished=False)
+    return done and again
+
+
+def _pass_through(
+    jobs: list[Job],
+    session: Session,
+    options: Options,
+    progress: Progress,
+    overwrite: bool,
+    say_finished: bool = True,
+) -> tuple[bool, dict[Job, float]]:
+    """Return whether none failed, and when each was seen that another run is writing."""
+    done, held = True, {}
+    for job in jobs:
+        src, dst = job
+        if dst.exists() and not overwrite:
+            if say_finished:
+                progress.skipped(dst)
+            continue
+        try:
+            progress.finished(dst, upscale(src, dst, session, options, progress))
+        except HeldError as err:
+            held[job] = time.monotonic()
+            progress.close()
+            progress.skipped(dst, str(err))
+        except Exception as err:  # whatever is wrong with one clip, or with us, the others are done
+            if os.environ.get("VSR_DEBUG"):
+                raise
+            progress.close()
+            is_ours = not isinstance(err, UpscaleError)
+            reason = f"unexpected {reason_of(err)}; VSR_DEBUG=1 shows where" if is_ours else str(err)
+            progress.failed(src.path, reason)
+            done = False
+        finally:
+            progress.close()
+    return done, held

@@ -9,18 +9,21 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
-from .batch import Job, check_extras, jobs_from_arguments
+from .batch import check_extras, jobs_from_arguments, run_all
 from .errors import UpscaleError
 from .frames.scenes import DEFAULT_THRESHOLD
+from .join import join
 from .options import (
     TopicCommand,
     byte_count,
     frames_per_second,
     height_and_width,
     seconds,
+    shard,
     streams,
     topic_options,
 )
@@ -35,7 +38,8 @@ from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
 from .serving.session import Session
 from .serving.transports import AUTO, TRANSPORTS
-from .stages import reason_of, stage
+from .shard import Shard
+from .stages import stage
 from .video.decode import Video
 from .video.deinterlace import DEINTERLACE, OFF
 from .video.encode import CODECS, DEFAULT_CODEC, encoding_from_options
@@ -47,28 +51,6 @@ from .video.tracks import AUDIO_CODECS
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130  # as shells report Ctrl-C
-
-
-def run_all(jobs: list[Job], session: Session, options: Options, progress: Progress, overwrite: bool) -> bool:
-    """Upscale clip after clip, whatever becomes of each; return whether all are done."""
-    done = True
-    for src, dst in jobs:
-        if dst.exists() and not overwrite:
-            progress.skipped(dst)
-            continue
-        try:
-            progress.finished(dst, upscale(src, dst, session, options, progress))
-        except Exception as err:  # whatever is wrong with one clip, or with us, the others are done
-            if os.environ.get("VSR_DEBUG"):
-                raise
-            progress.close()
-            is_ours = not isinstance(err, UpscaleError)
-            reason = f"unexpected {reason_of(err)}; VSR_DEBUG=1 shows where" if is_ours else str(err)
-            progress.failed(src.path, reason)
-            done = False
-        finally:
-            progress.close()
-    return done
 
 
 def run_one(src: Source, dst: Path, session: Session, options: Options, progress: Progress) -> Result:
@@ -108,7 +90,25 @@ on_server, on_input, on_output, on_run = map(
 a_file = click.Path(path_type=Path)
 
 
-@click.command(cls=TopicCommand, context_settings={"auto_envvar_prefix": "UPSCALE", "max_content_width": 110})
+class UpscaleCommand(TopicCommand):
+    """The command, and the one that follows it under the name ``join``."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Read the arguments of the command that is meant."""
+        if args and args[0] == join.name:
+            return join.make_context(f"{info_name} {join.name}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command whose arguments these are."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+@click.command(
+    cls=UpscaleCommand, context_settings={"auto_envvar_prefix": "UPSCALE", "max_content_width": 110}
+)
 @click.argument("src", metavar="IN")
 @click.argument("dst", metavar="OUT", type=output)
 @on_server("--url", default=DEFAULT_URL, metavar="A,B,...", help=f"gRPC addresses [{DEFAULT_URL}].")
@@ -192,6 +192,7 @@ a_file = click.Path(path_type=Path)
     metavar="SIZE",
     help="For frames under way, such as 2G [a quarter of all].",
 )
+@on_run("--shard", type=shard, metavar="I/N", help="Upscale part I of N alone; then: join IN OUT.")
 @on_run("--restart", is_flag=True, help="Throw away what an unfinished run left beside OUT.")
 @on_run("--dry-run", is_flag=True, help="Try a few frames; estimate time and size.")
 @on_run("--json", "as_json", is_flag=True, help="Tell programs: one JSON object a line on stdout.")
@@ -230,6 +231,7 @@ def main(
     no_subtitles: bool,
     recursive: bool,
     allow_hdr: bool,
+    shard: Shard | None,
     restart: bool,
     allow_damage: bool,
     overwrite: bool,
@@ -242,6 +244,9 @@ def main(
     IN may be a folder of videos or a quoted pattern; OUT is a folder then, and what is in it already
     is left alone. IN may also be a still image or a folder of numbered images, and OUT a PNG file or a
     new folder; and - is y4m on standard input or output.
+
+    Many machines may share a folder of videos, each with the same command; or one video, each with another
+    --shard, and join IN OUT puts the parts together.
 
     Every option has an environment variable: UPSCALE_URL, UPSCALE_CRF, ... Exit status: 0 all done,
     1 something failed, 2 wrong usage, 130 stopped by Ctrl-C. A run that failed or was stopped goes on
@@ -266,8 +271,11 @@ def main(
             check_target(compare)
         check_extras(list(filter(None, (compare, report_page))), jobs, reference)
         is_batch = len(jobs) > 1 or jobs[0][0].path not in (Path(src), Path(src).absolute())
-        if not (is_batch or dry_run or overwrite or is_pipe(dst)) and jobs[0][1].exists():
-            raise UpscaleError(f"{jobs[0][1]} exists: pass --overwrite to replace it")
+        made = shard.path(jobs[0][1]) if shard else jobs[0][1]
+        if not (is_batch or dry_run or overwrite or is_pipe(dst)) and made.exists():
+            raise UpscaleError(f"{made} exists: pass --overwrite to replace it")
+        if shard and (is_batch or dry_run or compare or report_page):
+            raise UpscaleError("expected one clip for --shard, without --dry-run, --compare and --report")
         if square_pixels and final_size:
             raise UpscaleError("expected --square-pixels or --final-size, found both")
         if any(writes_images(out, source) for source, out in jobs) and (codec or crf or preset or pix_fmt):
@@ -286,6 +294,8 @@ def main(
             selection=Selection(*(streams or (None, frozenset())), audio=audio, subtitles=not no_subtitles),
             deinterlace=deinterlace,
             square_pixels=square_pixels,
+            shard=shard,
+            keep_existing=is_batch and not overwrite,
         )
         security = Security(tls_ca, tls_cert, tls_key, token)
         with open_session(url.split(","), model, security, patience, allow_mixed_weights) as session:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from .shard import Shard
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -66,6 +68,14 @@ def streams(text: str) -> tuple[frozenset[int] | None, frozenset[int]]:
     if re.fullmatch(r"-\d+(,-\d+)*", text):
         return None, frozenset(-int(number) for number in text.split(","))
     raise click.BadParameter(f"expected numbers to keep, as 0,1, or to leave out, as -2, found {text!r}")
+
+
+def shard(text: str) -> Shard:
+    """Read a part of a clip: 3/8 is the third of eight."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise click.BadParameter(f"expected a part such as 1/8, from 1/8 to 8/8, found {text!r}")
+    return Shard(int(found[1]), int(found[2]))
 
 
 def byte_count(text: str) -> int:

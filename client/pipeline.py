@@ -15,6 +15,7 @@ from .record import Record
 from .serving.contract import Contract
 from .serving.session import Session
 from .serving.transports import AUTO
+from .shard import Shard
 from .stages import reading, stage
 from .upscaler import Layout, hr_from_windows
 from .video.decode import Video
@@ -55,6 +56,10 @@ class Options:
     """Which frames are deinterlaced, one of ``deinterlace.DEINTERLACE``."""
     square_pixels: bool = False
     """Stretch the output so that its pixels are square."""
+    shard: Shard | None = None
+    """The part to upscale of the clip, or of its range, where many machines share it."""
+    keep_existing: bool = False
+    """Skip an output that another run finishes before this one begins."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,15 @@ def shapes_of(
 ) -> Shapes:
     """Work out the sizes of a run."""
     layout = Layout.of(lr.size, contract)
-    size = final_size or layout.hr
+    return Shapes(lr, layout, hr_picture(lr, contract.scale, final_size, square_pixels))
+
+
+def hr_picture(lr: Picture, scale: int, final_size: Size | None, square_pixels: bool) -> Picture:
+    """What is encoded for a clip, from a model that enlarges by ``scale``."""
+    of_model = lr.size[0] * scale, lr.size[1] * scale
+    size = final_size or of_model
     if square_pixels and lr.sample_aspect_ratio:
-        size = square_size(layout.hr, lr.sample_aspect_ratio)
+        size = square_size(of_model, lr.sample_aspect_ratio)
     matrix = lr.display_matrix
     if matrix:  # its last row shifts the picture, in pixels
         shift_x, shift_y = matrix[6] * size[1] // lr.size[1], matrix[7] * size[0] // lr.size[0]
@@ -109,8 +120,7 @@ def shapes_of(
         aspect = None
     elif stretch != 1:  # pixels change their shape so that the picture keeps its own
         aspect = ((aspect or 1) * stretch).limit_denominator(LARGEST_ASPECT_TERM)
-    hr = replace(lr, size=size, display_matrix=matrix, sample_aspect_ratio=aspect)
-    return Shapes(lr, layout, hr)
+    return replace(lr, size=size, display_matrix=matrix, sample_aspect_ratio=aspect)
 
 
 def square_size(size: Size, aspect: Fraction) -> Size:
@@ -134,32 +144,50 @@ class Pipeline:
         options: How it is done.
         known: Frames at the beginning that an earlier run has finished.
         plan: How many frames each queue may hold.
+        part: First frame of the range, and the one after the last; None: to its end.
     """
 
     def __init__(
-        self, video: Video, session: Session, shapes: Shapes, options: Options, known: Record, plan: Plan
+        self,
+        video: Video,
+        session: Session,
+        shapes: Shapes,
+        options: Options,
+        known: Record,
+        plan: Plan,
+        part: tuple[int, int | None] = (0, None),
     ) -> None:
         # The first that a new window needs; one at least, to compare with what is known.
-        again = max(0, len(known.pts) - max(1, session.contract.window // 2))
+        reach = max(1, session.contract.window // 2)
+        again = max(0, len(known.pts) - reach)
+        self._first, end = part
+        self._lead = 0 if again else min(reach, self._first)  # frames before the part that windows look at
+        self._most = None if end is None else end - self._first
         self.record = known.part(0, again)
         """The frames decoded so far."""
-        self.record.cuts = [cut for cut in known.cuts if cut <= known.pts[again]]  # later ones are found anew
+        if again:  # later ones are found anew
+            self.record.cuts = [cut for cut in known.cuts if cut <= known.pts[again]]
         self.decode, self.starve, self.pass_on, self.wait = Stage(), Stage(), Stage(), Stage()
         self._video, self._session, self._shapes = video, session, shapes
         self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range, known)), plan.lr_frames)
         frames = self.starve.timed(self._frames)
         is_cut = CutDetector(options.scene_threshold, self.record.cuts)
-        shots = islice(windows(frames, session.contract.window, is_cut), len(known.pts) - again, None)
+        start = self._lead + len(known.pts) - again
+        stop = None if self._most is None else start + self._most - len(known.pts)
+        shots = islice(windows(frames, session.contract.window, is_cut), start, stop)
         lr_windows = ([frame.image for frame in window] for window in shots)
         self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), plan.hr_frames)
 
     def _lr_frames(self, wanted: Range, known: Record) -> Iterator[Frame]:
-        record = self.record
+        record, lead = self.record, self._lead
         with reading(self._video.path):
-            for frame in self._video.frames(wanted, known, len(record.pts)):
-                if len(record.pts) < len(known.pts):
-                    known.check(len(record.pts), frame.pts, frame.image, self._video.path)
-                record.add(frame.pts, frame.image, self._video.damaged, self._video.refused)
+            for frame in self._video.frames(wanted, known, len(record.pts), self._first, lead):
+                if lead:
+                    lead -= 1
+                elif self._most is None or len(record.pts) < self._most:  # not those that windows look at
+                    if len(record.pts) < len(known.pts):
+                        known.check(len(record.pts), frame.pts, frame.image, self._video.path)
+                    record.add(frame.pts, frame.image, self._video.damaged, self._video.refused)
                 yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
 
     def _hr_frames(self, lr_windows: Iterator[list[Image]]) -> Iterator[Image]:

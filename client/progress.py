@@ -63,8 +63,8 @@ class Progress:
     def finished(self, dst: Path, result: Result) -> None:
         """A clip is done."""
 
-    def skipped(self, dst: Path) -> None:
-        """A clip of many was done before."""
+    def skipped(self, dst: Path, reason: str = "is there already") -> None:
+        """A clip of many was done before, or another run is at work on it."""
 
     def failed(self, src: Path, reason: str) -> None:
         """A clip of many could not be done."""
@@ -129,9 +129,9 @@ class ConsoleProgress(Progress):
             err=dst == PIPE,
         )
 
-    def skipped(self, dst: Path) -> None:
+    def skipped(self, dst: Path, reason: str = "is there already") -> None:
         """One line."""
-        echo(f"{dst}: is there already")
+        echo(f"{dst}: {reason}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -160,9 +160,9 @@ class JsonProgress(Progress):
         """Event ``finished``."""
         self._say("finished", output=str(dst), fps=result.fps, **asdict(result))
 
-    def skipped(self, dst: Path) -> None:
+    def skipped(self, dst: Path, reason: str = "is there already") -> None:
         """Event ``skipped``."""
-        self._say("skipped", output=str(dst))
+        self._say("skipped", output=str(dst), reason=reason)
 
     def failed(self, src: Path, reason: str) -> None:
         """Event ``failed``."""

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from .durable import flush, rename
-from .errors import UpscaleError
+from .errors import HeldError, UpscaleError
+from .lease import LEASE, Lease
 from .record import Record
 from .serving.identity import Identity, manifest_entries, unknown_weights
 
@@ -53,15 +54,16 @@ class ResumeState:
         self.folder = out.with_name(out.name + ".part")
         self._ours = re.compile(
             rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|(\d{{6,}}|rehearsal)\.(segment|unfinished|record|draft)"
-            rf"|{re.escape(self.joined.name)}"
+            rf"|{LEASE}(\.[0-9a-f]+)?|{re.escape(self.joined.name)}|joined\.\w+"
         )
+        self._lease = Lease(self.folder, out)
         self._lock = self._hold()
         try:
             if restart:
-                self._remove_ours(keep=LOCK)
+                self._remove_ours(keep=(LOCK, LEASE))
             self._claim(identity, weights)
         except BaseException:
-            os.close(self._lock)
+            self._let_go()
             raise
 
     def __enter__(self) -> ResumeState:
@@ -72,8 +74,12 @@ class ResumeState:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let other processes have it; finished segments stay."""
-        if self.folder.exists() and not self.segments():
+        if self.folder.exists() and self._lease.is_ours() and not self.segments():
             self._clear_up()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._lease.release()
         os.close(self._lock)
 
     def _hold(self) -> int:
@@ -96,20 +102,31 @@ class ResumeState:
                 raise self._cannot_write(err) from err
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                has_lock = True
             except OSError as err:
+                has_lock = False  # on a file system without file locks the lease has to do
                 if err.errno in LOCKED:
                     os.close(lock)
-                    raise UpscaleError(f"another run is writing {self.out}: wait for it, or stop it") from err
-                log.warning(
-                    "%s is on a file system that has no file locks (%s): see that no other run writes %s",
-                    *(self.folder, err.strerror, self.out.name),
-                )
+                    if self._is_of_a_dead_machine():
+                        (self.folder / LOCK).unlink(missing_ok=True)
+                        continue
+                    raise HeldError(f"another run is writing {self.out}: wait for it, or stop it") from err
             try:
                 if os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
+                    self._lease.take(has_lock)
                     return lock
             except FileNotFoundError:
                 pass
+            except BaseException:
+                os.close(lock)
+                raise
             os.close(lock)  # another run ended meanwhile, and took its folder along
+
+    def _is_of_a_dead_machine(self) -> bool:
+        try:
+            return self._lease.is_of_a_dead_machine()
+        except OSError:  # the other run has just ended, and took its folder along
+            return False
 
     def _cannot_write(self, err: OSError) -> UpscaleError:
         return UpscaleError(f"cannot write {self.out} ({err.strerror}): name an output you may write")
@@ -132,7 +149,8 @@ class ResumeState:
                 return
             is_ours = isinstance(manifest, dict) and MADE_BY.items() <= manifest.items()
         else:
-            is_ours = names <= {LOCK, DRAFT} and (LOCK not in names or not self._size_of(LOCK))
+            others = {name for name in names if name.partition(".")[0] != LEASE} - {LOCK, DRAFT}
+            is_ours = not others and (LOCK not in names or not self._size_of(LOCK))
         if not is_ours:
             what = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
             raise UpscaleError(
@@ -191,22 +209,28 @@ class ResumeState:
     def segments(self) -> list[Path]:
         """Finished segments without a gap, in order."""
         found: list[Path] = []
-        while (path := self.segment(len(found))).exists() and self._record(path).exists():
+        while (path := self.segment(len(found))).exists() and self.record_of(path).exists():
             found.append(path)
         return found
 
     def record(self) -> Record:
         """What is known of the frames in finished segments."""
-        return Record.from_json(self._record(path).read_text() for path in self.segments())
+        return Record.from_json(self.record_of(path).read_text() for path in self.segments())
 
     def keep(self, segment: Path, record: Record) -> None:
-        """Count a written segment as finished, with what is known of its frames."""
+        """Count a written segment as finished, with what is known of its frames.
+
+        Raises:
+            HeldError: Another run has taken over the folder.
+        """
+        self._lease.check()
         draft = segment.with_suffix(".draft")
         draft.write_text(record.to_json())
-        rename(draft, self._record(segment))
+        rename(draft, self.record_of(segment))
 
     @staticmethod
-    def _record(segment: Path) -> Path:
+    def record_of(segment: Path) -> Path:
+        """Where the record of a segment lies."""
         return segment.with_suffix(".record")
 
     def segment(self, index: int) -> Path:
@@ -223,7 +247,9 @@ class ResumeState:
 
         Raises:
             OSError: The output could not be written; all segments are still there.
+            HeldError: Another run has taken over the folder.
         """
+        self._lease.check()
         if self.joined.is_dir() and self.out.is_dir():
             for path in self.joined.iterdir():
                 flush(path)
@@ -243,10 +269,10 @@ class ResumeState:
         elif not self.folder.is_symlink():
             self.folder.rmdir()
 
-    def _remove_ours(self, keep: str = "") -> None:
+    def _remove_ours(self, keep: tuple[str, ...] = ()) -> None:
         """Delete our files, segments from the last to the first: what a crash leaves has no gap."""
         for path in sorted(self.folder.iterdir(), reverse=True):
-            if not self._ours.fullmatch(path.name) or path.name in (keep, MANIFEST, LOCK):
+            if not self._ours.fullmatch(path.name) or path.name in (*keep, MANIFEST, LOCK, LEASE):
                 continue
             if path == self.joined and path.is_dir() and not path.is_symlink():
                 for image in path.glob("*.png"):
@@ -255,6 +281,6 @@ class ResumeState:
                     path.rmdir()
             elif not path.is_dir():
                 path.unlink()
-        for name in (MANIFEST, LOCK):  # last: without them, what is left would count as somebody else's
-            if name != keep:
+        for name in (MANIFEST, LEASE, LOCK):  # last: without them, what is left would count as another's
+            if name not in keep:
                 (self.folder / name).unlink(missing_ok=True)

@@ -13,14 +13,16 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import UpscaleError
+from .errors import HeldError, UpscaleError
 from .frames.tiles import Grid
 from .frames.windows import Image
 from .pipeline import Options, Pipeline, Result, shapes_of
 from .record import InputGuard, Record
 from .resume import ResumeState
 from .serving.contract import Contract
+from .serving.identity import manifest_entries
 from .serving.session import Session
+from .shard import ShardFile
 from .stages import reading, stage
 from .upscaler import plan_for
 from .video.decode import Video
@@ -57,7 +59,8 @@ def upscale(
 
     Args:
         source: The video, or the images.
-        dst: The file to make; all or nothing, unfinished work stays in ``DST.part/``.
+        dst: The file to make; all or nothing, unfinished work stays in ``DST.part/``. A shard has a file
+            of its own beside it.
         session: Where windows are sent.
         options: How it is done.
         watcher: Told how it goes.
@@ -87,6 +90,8 @@ def upscale(
                 f"expected one frame for {dst.name}, found more in {source.path}: name the output .mp4 or "
                 ".mkv, or pass --max-frames 1"
             )
+        if options.shard and (is_pipe(dst) or source.is_pipe or writes_images(dst, source)):
+            raise UpscaleError("expected a video from a file to a file for --shard, found images or a pipe")
         run = Run(video, session, options, watcher)
         if is_pipe(dst):
             run.stream(dst)
@@ -111,6 +116,16 @@ class Run:
         self._shapes = shapes_of(video.picture, session.contract, options.final_size, options.square_pixels)
         self._new_frames = 0
         self._encode_s = 0.0
+        self._part: tuple[int, int | None] = (0, None)
+        if options.shard:
+            expected = video.frames_expected(options.range)
+            if not expected:
+                raise UpscaleError(
+                    f"expected a clip that says how long it is for --shard, found {video.path}, which does "
+                    "not: put it into another container first, such as .mkv"
+                )
+            first, end = options.shard.frames(expected, options.segment_frames)
+            self._part = first, None if options.shard.is_last else end
 
     def make(self, source: Source, dst: Path, guard: InputGuard) -> None:
         """Write a file or a folder of images, in segments that outlive a crash."""
@@ -118,14 +133,16 @@ class Run:
         options = replace(self._options, encoding=PNG) if is_images else self._options
         identity = identity_of(guard.identity, self._session.contract, options)
         identity["picture"] = self._video.stream_index
-        with (
-            stage(f"cannot write {dst}"),
-            ResumeState(dst, identity, self._session.weights(), options.restart) as part,
-        ):
+        shard, weights = options.shard, self._session.weights()
+        out = shard.path(dst) if shard else dst
+        of_run = identity | ({"shard": [str(shard), *self._part]} if shard else {})
+        with stage(f"cannot write {out}"), ResumeState(out, of_run, weights, options.restart) as part:
+            if options.keep_existing and out.exists():
+                raise HeldError(f"another run has finished {out}")
             join = (
                 Images(part.joined, source)
                 if is_images
-                else Muxer(part.joined, source, self._shapes.hr, options.selection)
+                else Muxer(part.joined.with_suffix(dst.suffix), source, self._shapes.hr, options.selection)
             )
             rehearse(part.folder / "rehearsal.segment", join, self._shapes.hr, options.encoding)
             known = part.record()
@@ -133,15 +150,24 @@ class Run:
             try:
                 self._write_segments(part, hr_frames, options.encoding, guard)
                 self._check_all_came()
-                times = Times(self._shapes.lr.time_base, self._feed.record.pts, self._video.last_duration)
+                is_whole, last_duration = options.range == Range(), self._video.last_duration
                 with stage("cannot write it"):
                     guard.check(closely=True)
-                    join.write(part.segments(), times, is_whole=options.range == Range())
+                    if shard:
+                        kept, (first, _) = part.record().pts, self._part
+                        entries = manifest_entries(weights)
+                        file = (out, shard, identity, entries, first, len(kept), last_duration, is_whole)
+                        ShardFile(*file).write(part)
+                    else:
+                        times = Times(self._shapes.lr.time_base, self._feed.record.pts, last_duration)
+                        join.write(part.segments(), times, is_whole)
                     guard.check()
                     part.finish()
+            except HeldError:
+                raise
             except UpscaleError as err:
-                kept = len(part.record().pts)
-                state = f"{kept} frames are kept in {part.folder}, the same command goes on from there"
+                frames = len(part.record().pts)
+                state = f"{frames} frames are kept in {part.folder}, the same command goes on from there"
                 if source.is_pipe:
                     state = "a pipe cannot be read again: start over with --restart"
                 raise self._stopped(err, state) from err
@@ -182,8 +208,12 @@ class Run:
         self._finished = len(known.pts)
         plan = plan_for(self._session, self._shapes.layout, self._options.memory, encoder)
         _say_how(self._session, self._shapes.layout.grid, self._options)
-        self._watcher.started(dst, self._video.frames_expected(self._options.range), self._finished)
-        self._feed = Pipeline(self._video, self._session, self._shapes, self._options, known, plan)
+        first, end = self._part
+        expected = self._video.frames_expected(self._options.range)
+        self._watcher.started(dst, max(0, (end or expected) - first), self._finished)
+        self._feed = Pipeline(
+            self._video, self._session, self._shapes, self._options, known, plan, self._part
+        )
         return self._counted(self._feed)
 
     def _counted(self, feed: Pipeline) -> Iterator[Image]:
@@ -194,7 +224,8 @@ class Run:
 
     def _check_all_came(self) -> None:
         self._encode_s = time.monotonic() - self._started_s - self._feed.wait.busy_s
-        missing = self._video.what_is_missing()
+        # The last shard reads the clip from its beginning to its end, and answers for all.
+        missing = None if self._part[1] is not None else self._video.what_is_missing()
         if missing and not self._options.allow_damage:
             raise UpscaleError(f"the file {missing}: get it whole, or pass --allow-damage")
         expected = max(0, len(self._feed.record.pts) - self._finished)
@@ -215,7 +246,9 @@ class Run:
         return Result(
             frames=len(pts),
             new_frames=self._new_frames,
-            cuts_s=[float((cut - pts[0]) * shapes.lr.time_base) for cut in feed.record.cuts],
+            cuts_s=[
+                float((cut - pts[0]) * shapes.lr.time_base) for cut in feed.record.part(0, len(pts)).cuts
+            ],
             damaged_frames=self._video.damaged,
             lr_size=shapes.lr.size,
             hr_size=shapes.hr.size,

@@ -139,7 +139,9 @@ class Video:
         self._decoded = chain(() if second is None else (second,), self._decoded)
         return second is not None
 
-    def frames(self, wanted: Range, known: Record = NOTHING, skip: int = 0) -> Iterator[Frame]:
+    def frames(
+        self, wanted: Range, known: Record = NOTHING, skip: int = 0, offset: int = 0, lead: int = 0
+    ) -> Iterator[Frame]:
         """Decode the clip once, to its last frame, and convert those of a range.
 
         What comes before is decoded from the start, or where the file has an index and that gives the same
@@ -147,21 +149,25 @@ class Video:
 
         Args:
             wanted: The range.
-            known: Its first frames, as they were when an earlier run decoded them.
-            skip: Frames of the range to leave out at its beginning; fewer than are known, or 0.
+            known: Its frames from ``offset`` on, as they were when an earlier run decoded them.
+            skip: Of these, how many to leave out; fewer than are known, or 0.
+            offset: Frames of the range to leave out in any case.
+            lead: Of those, how many at the end to give nevertheless, if none that is known is left out.
 
         Yields:
             Frames in display order, with strictly increasing times.
         """
-        return guarded(self._wanted_frames(wanted, known, skip), self._what_fails)
+        return guarded(self._wanted_frames(wanted, known, skip, offset, lead), self._what_fails)
 
-    def _wanted_frames(self, wanted: Range, known: Record, skip: int) -> Iterator[Frame]:
+    def _wanted_frames(
+        self, wanted: Range, known: Record, skip: int, offset: int, lead: int
+    ) -> Iterator[Frame]:
         first = self._first.pts
         assert first is not None
-        found = skip
+        found = offset + skip if skip else 0
         before = known.pts[skip - 1] if skip else None
         target = known.pts[skip] if skip else first + ceil(wanted.start_s / self.picture.time_base)
-        for frame in self._frames_from(target, known, skip):
+        for frame in self._frames_from(target, known, skip, offset):
             pts = frame.pts
             assert pts is not None
             if pts < target:
@@ -176,13 +182,15 @@ class Video:
             self.last_duration = frame.duration or (self._nominal_ticks if before is None else pts - before)
             before = pts
             self._shown = (first, pts + self.last_duration)
+            if found <= offset - lead:
+                continue
             yield Frame(self._converter.image(frame), pts)
         if not found:
             raise UpscaleError(
                 f"expected frames after {float(wanted.start_s):g} s, found the end of {self.path}"
             )
 
-    def _frames_from(self, target: int, known: Record, skip: int) -> Iterator[av.VideoFrame]:
+    def _frames_from(self, target: int, known: Record, skip: int, offset: int) -> Iterator[av.VideoFrame]:
         """Decoded frames, from some frame at or before a time on."""
         first = self._first.pts
         can_seek = self._deinterlace == OFF and not (self._source.is_pipe or self._source.is_stills)
@@ -192,7 +200,7 @@ class Video:
         stream = main_stream(container, self._selection)
         _use_threads(stream)
         found = seek(container, stream, first, target)
-        if found is None:
+        if found is None or (offset and found.key_pts < known.pts[0]):  # what came before is not known
             return chain([self._first], self._decoded)
         counts = self._packets, self._frames, self._before_start, self.refused, self.damaged
         before = bisect_left(known.pts, found.key_pts) - 1
