@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from . import lease
 from .errors import HeldError, UpscaleError
+from .lease import LEASE_S
 from .pipeline import Options
 from .progress import Progress
 from .run import upscale
@@ -151,10 +151,15 @@ def run_all(jobs: list[Job], session: Session, options: Options, progress: Progr
     done, left_s = _pass_through(jobs, session, options, progress, overwrite)
     held = [job for job in jobs if job in left_s]
     for job in held:
-        while not job[1].exists() and time.monotonic() < left_s[job] + lease.LEASE_S + 1:
-            time.sleep(HELD_POLL_S)
+        wait_for(job[1], left_s[job] + LEASE_S + HELD_POLL_S)
     again, _ = _pass_through(held, session, options, progress, overwrite, say_finished=False)
     return done and again
+
+
+def wait_for(out: Path, until_s: float) -> None:
+    """Wait for an output, or for a time on the clock that ``time.monotonic`` gives."""
+    while not out.exists() and time.monotonic() < until_s:
+        time.sleep(HELD_POLL_S)
 
 
 def _pass_through(

@@ -272,10 +272,13 @@ def main(
         check_extras(list(filter(None, (compare, report_page))), jobs, reference)
         is_batch = len(jobs) > 1 or jobs[0][0].path not in (Path(src), Path(src).absolute())
         made = shard.path(jobs[0][1]) if shard else jobs[0][1]
-        if not (is_batch or dry_run or overwrite or is_pipe(dst)) and made.exists():
+        if not (shard or is_batch or dry_run or overwrite or is_pipe(dst)) and made.exists():
             raise UpscaleError(f"{made} exists: pass --overwrite to replace it")
         if shard and (is_batch or dry_run or compare or report_page):
             raise UpscaleError("expected one clip for --shard, without --dry-run, --compare and --report")
+        if shard and made.exists() and not overwrite:  # schedulers may start a finished task again
+            progress.skipped(made)
+            return
         if square_pixels and final_size:
             raise UpscaleError("expected --square-pixels or --final-size, found both")
         if any(writes_images(out, source) for source, out in jobs) and (codec or crf or preset or pix_fmt):

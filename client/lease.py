@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .durable import rename
 from .errors import HeldError
 
 LEASE = "lease"  # name of the file; drafts of it have a token behind it
@@ -83,7 +84,7 @@ class Lease:
                     f"ago; wait for it, or stop it: {LEASE_S:g} s after its end, this command takes over"
                 )
             self._file = os.open(self._draft, os.O_RDWR)
-            os.replace(self._draft, self._path)
+            rename(self._draft, self._path)
         finally:
             with suppress(FileNotFoundError):
                 self._draft.unlink()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from client_fakes import FakeTriton, decoded, frame_times, packets, run_client, sum_of_window, write_clip
+from requirements import missing
 
 from mst_gan_client.resume import ResumeState
 from mst_gan_client.shard import Shard
@@ -190,9 +191,12 @@ def test_no_such_shard(tmp_path, clip, wrong):
 
 
 def test_a_finished_shard_is_kept(clip, out, triton):
+    """A scheduler that starts a finished task again does no harm."""
+    before = Shard(1, 2).path(out).read_bytes()
     result = run_client(clip, out, "--url", triton.url, "--shard", "1/2")
-    assert result.exit_code == 1
-    assert f"{Shard(1, 2).path(out)} exists: pass --overwrite" in result.output
+    assert result.exit_code == 0
+    assert f"{Shard(1, 2).path(out)}: is there already" in result.output
+    assert Shard(1, 2).path(out).read_bytes() == before
 
 
 @pytest.mark.parametrize("frames", [0, 1, 7, 8, 50, 129_600])
@@ -208,7 +212,7 @@ def test_shards_meet(frames, count):
 def test_gnu_parallel(tmp_path, clip, triton):
     """The line of ``deploy/farm/README.md``, with a process for each shard."""
     if not shutil.which("parallel"):
-        pytest.skip("no GNU parallel")
+        missing("PARALLEL", "no GNU parallel found: apt-get install parallel")
     out, once = tmp_path / "out.mkv", tmp_path / "once.mkv"
     upscale(clip, once, triton)
     command = f"{sys.executable} {SCRIPT} --url {triton.url} --segment-frames 7 --shard {{}}/3 {clip} {out}"
