@@ -80,6 +80,9 @@ def upscale(
             )
         if kind:
             log.warning("metadata of %s is left out: %s is treated like any other clip", kind, source.path)
+        cut_off = video.what_is_cut_off()
+        if cut_off and options.range == Range() and not options.allow_damage:
+            raise UpscaleError(f"the file {source.path} {cut_off}: get it whole, or pass --allow-damage")
         if (
             dst.suffix
             and writes_images(dst, source)

@@ -10,9 +10,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+import av
+
 from ..stages import stage
 
 Item = TypeVar("Item")
+
+# What a decoder says of one packet: broken, as of another codec that begins in the middle, or beyond it.
+UNDECODABLE = (
+    av.error.InvalidDataError,
+    av.error.PatchWelcomeError,
+    av.error.ExternalError,
+    av.error.UnknownError,
+)
 
 
 def media_errors(what_fails: str, remedy: str = "check that it plays") -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 
 from ..errors import UpscaleError
 from ..record import NOTHING, Record
-from .boundary import guarded, media_errors
+from .boundary import UNDECODABLE, guarded, media_errors
 from .clock import packets_of
 from .convert import Converter
 from .deinterlace import OFF, progressive
@@ -27,6 +27,7 @@ from .seek import Seek, seek
 from .source import Source
 from .stills import count_images
 from .streams import EVERY_STREAM, Selection, is_cover, main_stream, needs_dolby_vision
+from .whole import what_is_cut_off
 from .y4m import Y4M_FORMAT, rest_of_frame
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class Video:
                 "does not decode: convert it to a GIF or a video first"
             )
         if first is None:
-            raise UpscaleError(f"expected a video, found no frame in {self.path}: check that it plays")
+            why = " that can be decoded" if self.refused else ""
+            raise UpscaleError(f"expected a video, found no frame{why} in {self.path}: check that it plays")
         self._first = first
         if images > 1:
             log.warning("of %d images in %s, the first is taken", images, self.path)
@@ -131,6 +133,10 @@ class Video:
         rest = max(0, total - round(wanted.start_s * self.picture.rate))
         within = rest if wanted.duration_s is None else round(wanted.duration_s * self.picture.rate)
         return min(rest, within, wanted.frames or rest)
+
+    def what_is_cut_off(self) -> str | None:
+        """How the file falls short of what its header promises, if the header tells; at any time."""
+        return what_is_cut_off(self.path, self._container, self._stream)
 
     def has_many_frames(self) -> bool:
         """Whether there is a second frame; before the first is read."""
@@ -278,7 +284,7 @@ class Video:
                     self._frames += 1
                     self.damaged += frame.is_corrupt
                     yield frame
-            except av.error.InvalidDataError:
+            except UNDECODABLE:
                 self.refused += 1
 
     def _begin_at(self, first: int, early: list[int]) -> None:
@@ -346,6 +352,8 @@ class Video:
         if promised - seconds > 1.5 * frame_s and self._packets < (stream.frames or inf):
             of_frames = f" of {stream.frames}" if stream.frames else ""
             return f"ends after {self._frames}{of_frames} frames, {seconds:.2f} s of {promised:.2f} s"
+        if cut_off := self.what_is_cut_off():
+            return cut_off
         lost = self._packets - self._before_start - self._frames
         if self.refused and lost > 0:
             return f"has {lost} frames that cannot be decoded"

@@ -12,6 +12,8 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from .boundary import UNDECODABLE
+
 # Containers with an index of key frames by time. Others guess where a time is, or have times that may begin
 # anew: there, decoding begins at the start.
 INDEXED = frozenset(("mov", "mp4", "matroska", "webm"))
@@ -122,5 +124,5 @@ def _decoded(found: Seek, packets: Iterator[Packet[Any]]) -> Iterator[av.VideoFr
                 found.decoded += 1
                 found.damaged += frame.is_corrupt
                 yield frame
-        except av.error.InvalidDataError:
+        except UNDECODABLE:
             found.refused += packet is None or packet.pts is None or packet.pts >= found.key_pts

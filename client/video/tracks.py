@@ -19,6 +19,8 @@ from av.stream import Stream
 from av.subtitles.stream import SubtitleStream
 from av.video.stream import VideoStream
 
+from .boundary import UNDECODABLE
+
 log = logging.getLogger(__name__)
 
 COPY, ATTACH = "copy", "attach"
@@ -119,7 +121,7 @@ class ConvertedAudio:
         """Decode and encode; the encoder is some frames behind."""
         try:
             frames = self._source.decode(packet)
-        except av.error.InvalidDataError:
+        except UNDECODABLE:
             log.warning("a packet of audio stream %d cannot be decoded", self._source.index)
             return
         for frame in frames:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -338,6 +339,35 @@ def test_whatever_pyav_raises_is_one_line(tmp_path, triton, film, monkeypatch):
         monkeypatch.setattr(convert, "color_of", lambda frame, error=error: (_ for _ in ()).throw(error))
         line = refused(film, tmp_path / "out.mp4", triton)
         assert f"cannot read {film} ({type(error).__name__}: {error}): check that it plays" in line
+
+
+@pytest.mark.parametrize("name", ["in.mp4", "in.mov", "in.avi"])
+def test_a_file_that_is_cut_off_is_refused_first(tmp_path, triton, name):
+    """As a download that broke off, where the header tells; not after hours."""
+    codec = ("-c:v", "mpeg4") if name.endswith("avi") else (*H264, "-movflags", "+faststart")
+    source = ffmpeg(*FILM, *TONE, *codec, "-c:a", "mp3" if name.endswith("avi") else "aac", tmp_path / name)
+    upscaled(source, tmp_path / "whole.mkv", triton)
+    data = source.read_bytes()
+    source.write_bytes(data[: len(data) * 3 // 4])
+    line = refused(source, tmp_path / "out.mkv", triton)
+    what = (
+        r"ends after \d+ of \d+ bytes"
+        if name.endswith("avi")
+        else r"ends before the last \d of its 15 frames"
+    )
+    assert re.search(rf"the file {source} {what}: get it whole, or pass --allow-damage", line)
+    there = len(decoded(upscaled(source, tmp_path / "out.mkv", triton, "--allow-damage")))
+    assert 4 < there < 15
+    assert len(decoded(upscaled(source, tmp_path / "part.mkv", triton, "--max-frames", "4"))) == 4
+
+
+def test_packets_that_a_decoder_does_not_know_are_counted(tmp_path, triton, caplog):
+    """As of two codecs in a row: FFmpeg takes one for the whole file, and goes on after each error of it."""
+    x265 = ("-c:v", "libx265", "-x265-params", "log-level=error")
+    one, two = (ffmpeg(*FILM, *codec, tmp_path / f"{codec[1]}.ts") for codec in (H264, x265))
+    out = upscaled(joined(tmp_path, ".ts", one, two), tmp_path / "out.mkv", triton)
+    assert len(decoded(out)) == 15
+    assert re.search(r"the \d+ before its first key frame \(\d\.\d\d s\) cannot be decoded", caplog.text)
 
 
 @pytest.mark.parametrize("codec", ["wmav1", "wmav2"])

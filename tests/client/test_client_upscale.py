@@ -299,11 +299,9 @@ def test_server_killed_half_way(tmp_path, triton):
     assert not Path(f"{out}.part").exists()
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_a_file_cut_short(tmp_path, triton, suffix):
-    options = {"movflags": "+faststart"} if suffix == ".mp4" else {}
-    whole = write_clip(tmp_path / f"whole{suffix}", pictures(60), container_options=options)
-    clip, out = tmp_path / f"in{suffix}", tmp_path / "out.mkv"
+def test_a_file_cut_short(tmp_path, triton):
+    whole = write_clip(tmp_path / "whole.mkv", pictures(60))
+    clip, out = tmp_path / "in.mkv", tmp_path / "out.mkv"
     clip.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
     message = failed(run_client(clip, out, "--url", triton.url))
     assert re.search(r"the file ends after \d+( of 60)? frames, \d\.\d\d s of 2\.40 s: get it whole", message)
