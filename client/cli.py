@@ -37,6 +37,7 @@ from .serving.addresses import DEFAULT_URL
 from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
 from .serving.security import Security
 from .serving.session import Session
+from .serving.trail import BATCH, PRIORITIES
 from .serving.transports import AUTO, TRANSPORTS
 from .shard import Shard
 from .stages import stage
@@ -127,6 +128,13 @@ class UpscaleCommand(TopicCommand):
     metavar="WAY",
     help=f"{', '.join(TRANSPORTS)} [{AUTO}].",
 )
+@on_server(
+    "--priority",
+    type=click.Choice(list(PRIORITIES)),
+    default=BATCH,
+    metavar="WHOSE",
+    help=f"live: before all others; {BATCH} [{BATCH}].",
+)
 @on_server("--allow-mixed-weights", is_flag=True, help="Let servers with different weights share a clip.")
 @on_server("--tls-ca", type=a_file, metavar="FILE", help="Authorities to trust, for grpcs:// addresses.")
 @on_server("--tls-cert", type=a_file, metavar="FILE", help="Certificate of this client.")
@@ -214,6 +222,7 @@ def main(
     tls_key: Path | None,
     token: str | None,
     transport: str,
+    priority: str,
     patience: float,
     start: Fraction,
     duration: Fraction | None,
@@ -291,6 +300,7 @@ def main(
             final_size=final_size,
             memory=memory,
             transport=transport,
+            priority=priority,
             restart=restart,
             allow_damage=allow_damage,
             allow_hdr=allow_hdr,

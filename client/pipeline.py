@@ -14,6 +14,7 @@ from .prefetch import Prefetch, Stage
 from .record import Record
 from .serving.contract import Contract
 from .serving.session import Session
+from .serving.trail import BATCH
 from .serving.transports import AUTO
 from .shard import Shard
 from .stages import reading, stage
@@ -42,6 +43,8 @@ class Options:
     """(height, width) of the output, if not that of the model."""
     memory: int | None = None
     """Bytes for all frames under way, and the encoder; None: a part of what this process may use."""
+    priority: str = BATCH
+    """Whose frames go first at servers that are shared, one of ``trail.PRIORITIES``."""
     transport: str = AUTO
     """How frames pass to the server, one of ``transports.TRANSPORTS``."""
     restart: bool = False

@@ -22,6 +22,7 @@ from .resume import ResumeState
 from .serving.contract import Contract
 from .serving.identity import manifest_entries
 from .serving.session import Session
+from .serving.trail import Trail
 from .shard import ShardFile
 from .stages import reading, stage
 from .upscaler import plan_for
@@ -213,6 +214,10 @@ class Run:
         _say_how(self._session, self._shapes.layout.grid, self._options)
         first, end = self._part
         expected = self._video.frames_expected(self._options.range)
+        self._session.trail = Trail.new(
+            self._shapes.layout.grid.count, first + self._finished, self._options.priority
+        )
+        log.info("requests are named %s-FRAME-TILE", self._session.trail.run)
         self._watcher.started(dst, max(0, (end or expected) - first), self._finished)
         self._feed = Pipeline(
             self._video, self._session, self._shapes, self._options, known, plan, self._part

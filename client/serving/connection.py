@@ -22,6 +22,7 @@ from .identity import Identity
 from .pace import Pace
 from .probe import probe_window
 from .server import Cancel, Done
+from .trail import NO_TAG, Tag
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class ServerProtocol(Protocol):
     def share_memory(self, lr_shape: tuple[int, ...], transport: str) -> str:
         """Use shared memory for windows of this shape if possible; return how they pass."""
 
-    def ask(self, lr_window: Image, done: Done) -> Cancel:
+    def ask(self, lr_window: Image, done: Done, tag: Tag) -> Cancel:
         """Send one window; ``done`` gets the answer or the error, once, on any thread."""
 
 
@@ -61,6 +62,7 @@ class Job:
     pixels: int = field(compare=False)
     hr: Image | None = field(default=None, compare=False)
     failures: int = field(default=0, compare=False)
+    tag: Tag = field(default=NO_TAG, compare=False)
     under_way: list[Attempt] = field(default_factory=list, compare=False)
     """Attempts that may still give an answer in time."""
 
@@ -179,7 +181,7 @@ class Connection:
         with self._lock:
             self._attempts.add(attempt)
         job.under_way.append(attempt)
-        attempt.cancel = self.server.ask(job.lr_window, done)
+        attempt.cancel = self.server.ask(job.lr_window, done, job.tag)
         return attempt
 
     def _note(self, attempt: Attempt, is_answer: bool) -> None:

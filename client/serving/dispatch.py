@@ -15,6 +15,7 @@ from .awake import awake_s
 from .connection import Answers, Attempt, Connection, Job, News, State
 from .faults import Fault, fault_of
 from .server import START_HINT
+from .trail import Trail
 
 MOST_FAILURES = 10  # of one window; a server that answers others and loses this one will not do better
 STOP, WAKE = "stop", "wake"  # put among the answers
@@ -41,6 +42,7 @@ class Dispatch:
         hold: Callable[[], int],
         patience_s: float,
         stall_s: float,
+        trail: Trail,
     ) -> None:
         self.wait_s = 0.0
         """Time spent with nothing to do but wait for an answer."""
@@ -50,7 +52,7 @@ class Dispatch:
         """Windows that were sent to another server as well because they were late."""
         self.answers: Answers = queue.SimpleQueue()
         self._connections, self._hold = connections, hold
-        self._patience_s, self._stall_s = patience_s, stall_s
+        self._patience_s, self._stall_s, self._trail = patience_s, stall_s, trail
         self._source = enumerate(lr_windows)
         self._is_more = True
         self._in_order: deque[Job] = deque()
@@ -101,7 +103,7 @@ class Dispatch:
         if lr_window is None:
             self._is_more = False
             return None
-        job = Job(index, lr_window, lr_window.size)
+        job = Job(index, lr_window, lr_window.size, tag=self._trail.tag(index))
         self._in_order.append(job)
         return job
 
@@ -185,8 +187,8 @@ class Dispatch:
             job.failures += 1
             if fault is Fault.REFUSED or job.failures >= MOST_FAILURES:
                 raise UpscaleError(
-                    f"{connection.address} refused frame {job.index + 1} of this run: {error.message()}; "
-                    "see the server's log"
+                    f"{connection.address} refused frame {job.index // self._trail.tiles + 1} of this run: "
+                    f"{error.message()}; see request {job.tag.request_id} in the server's log"
                 ) from error
             self.resent += 1
         if not job.under_way:

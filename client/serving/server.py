@@ -30,6 +30,7 @@ from .faults import Fault, as_server_error, fault_of
 from .identity import Identity, identity_of
 from .probe import PROBE_ID, probe_window
 from .security import Security
+from .trail import NO_TAG, Tag
 from .transports import AUTO, ring_for
 from .transports.ring import RELEASE_TIMEOUT_S, Ring, kept_rings
 
@@ -267,23 +268,24 @@ class Server:
             )
             return way
 
-    def ask(self, lr_window: Image, done: Done) -> Cancel:
+    def ask(self, lr_window: Image, done: Done, tag: Tag = NO_TAG) -> Cancel:
         """Send one window; ``done`` is called once, on any thread, with the hr frame or with the error.
 
         Args:
             lr_window: (T, H, W, 3) uint8 RGB, 0..255, contiguous.
             done: Gets ((H * scale, W * scale, 3) uint8 RGB, None) or (None, error), whatever goes wrong.
+            tag: What goes with it.
 
         Returns:
             What lets the server know that nobody wants the answer.
         """
         try:
-            return self._send(lr_window, done)
+            return self._send(lr_window, done, tag)
         except Exception as err:  # nothing may be lost, whatever a library raises
             done(None, as_server_error(err))
             return _nothing_to_cancel
 
-    def _send(self, lr_window: Image, done: Done) -> Cancel:
+    def _send(self, lr_window: Image, done: Done, tag: Tag) -> Cancel:
         breaks = self._breaks
         if breaks != self._breaks_checked:
             raise _connection_broke()
@@ -327,7 +329,13 @@ class Server:
             done(hr, error)
 
         cancel: Cancel = self._client.async_infer(
-            self.contract.model, [lr_input], answered, outputs=[hr_output]
+            self.contract.model,
+            [lr_input],
+            answered,
+            outputs=[hr_output],
+            request_id=tag.request_id,
+            priority=tag.priority,
+            headers=tag.headers,
         ).cancel
         self._calls[call] = cancel
         if ended:  # before it was entered

@@ -10,6 +10,7 @@ from ..frames.windows import Image
 from .connection import Connection, ServerProtocol, State
 from .dispatch import STOP, WAKE, Dispatch
 from .identity import Identity, different_servers
+from .trail import Trail
 from .transports import AUTO
 
 Connect = Callable[[], ServerProtocol]
@@ -48,6 +49,8 @@ class Session:
         self._wanted: tuple[tuple[int, ...], str] | None = None
         """The shape and the transport to agree upon with every server."""
         self._most_held: int | None = None
+        self.trail = Trail.new()
+        """Names the requests of the next round."""
         self._dispatch: Dispatch | None = None
         self._first = servers[0]
         for server in servers[1:]:
@@ -140,6 +143,7 @@ class Session:
             lambda: self._most_held or 2 * self.in_flight,
             self._patience_s,
             self._stall_s,
+            self.trail,
         )
         yield from self._dispatch.run()
 

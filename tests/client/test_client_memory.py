@@ -45,7 +45,7 @@ class Server:
     def share_memory(self, lr_shape, transport):
         return "nothing"
 
-    def ask(self, lr_window, done):
+    def ask(self, lr_window, done, tag):
         message = lr_window.tobytes()  # as gRPC does
 
         def answer():
