@@ -65,7 +65,7 @@ class Clip:
         self.path, self.damaged, self.refused = "clip", 0, 0
         self._count, self._size = count, size
 
-    def frames(self, wanted, known, skip):
+    def frames(self, wanted, known, skip, offset, lead):
         for t in range(self._count):
             yield Frame(np.full((*self._size, 3), t and 1, np.uint8), t)
 
