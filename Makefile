@@ -10,8 +10,8 @@ QUICK ?=
 LADDER_ARGS ?=
 GPU_ARGS ?=
 EVALUATE_ARGS ?=
-# Two files of tests at a time: many of them wait more than they compute.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Four files of tests at a time, on two cores too: many of them wait more than they compute.
+PYTEST_ARGS ?= -n 4 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,7 +71,7 @@ format: setup  ## Put the code into the house's format
 check: lint  ## Lint and the quick tests: what to run while changing things
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not server and not slow"
 
-test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server  [PYTEST_ARGS="-n 2"]
+test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server  [PYTEST_ARGS="-n 2 --dist loadfile"]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 perf-tools: setup  ## Get a perf_analyzer that runs here (needs no root)
