@@ -26,6 +26,7 @@ from .options import (
     shard,
     streams,
     topic_options,
+    track_options,
 )
 from .pipeline import Options, Result
 from .progress import ConsoleProgress, JsonProgress, Progress, echo
@@ -48,7 +49,6 @@ from .video.images import writes_images
 from .video.picture import Range
 from .video.source import PIPE, Source, is_pipe
 from .video.streams import Selection
-from .video.tracks import AUDIO_CODECS
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130  # as shells report Ctrl-C
@@ -175,14 +175,7 @@ class UpscaleCommand(TopicCommand):
 @on_output("--pix-fmt", metavar="NAME", help="Pixel format, such as yuv420p10le.")
 @on_output("--final-size", type=height_and_width, metavar="WxH", help="Such as 3840x2160; else 4 times IN's.")
 @on_output("--square-pixels", is_flag=True, help="Stretch the picture of an anamorphic clip.")
-@on_output(
-    "--audio",
-    type=click.Choice(("copy", "none", *sorted(AUDIO_CODECS))),
-    default="copy",
-    metavar="HOW",
-    help=f"copy, none, {', '.join(sorted(AUDIO_CODECS))} [copy].",
-)
-@on_output("--no-subtitles", is_flag=True, help="Leave subtitles out.")
+@track_options(on_output)
 @on_output("--compare", type=a_file, metavar="PATH", help="Also bicubic | ours: a .png or a video.")
 @on_output("--report", "report_page", type=a_file, metavar="PATH", help="Also a page about the run: .html.")
 @on_output("--reference", type=a_file, metavar="CLIP", help="The truth, for PSNR and SSIM in the report.")

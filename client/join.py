@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
+from .durable import rename
 from .errors import UpscaleError
-from .options import TopicCommand, streams, topic_options
+from .options import TopicCommand, streams, topic_options, track_options
 from .pipeline import hr_picture
 from .record import InputGuard, Record
 from .resume import ResumeState
@@ -22,7 +23,6 @@ from .video.mux import Muxer
 from .video.source import Source
 from .video.streams import Selection
 from .video.times import Times
-from .video.tracks import AUDIO_CODECS
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def join_shards(source: Source, out: Path, selection: Selection) -> Joined:
         with ResumeState(out, identity, weights) as part:
             for index, (segment, record) in enumerate(one for file in files for one in file.segments()):
                 path = part.segment(index)
-                path.with_suffix(".unfinished").write_bytes(segment)
-                path.with_suffix(".unfinished").replace(path)
+                unfinished = path.with_suffix(".unfinished")
+                unfinished.write_bytes(segment)
+                rename(unfinished, path)
                 part.keep(path, Record.from_json([record]))
             pts = part.record().pts
             expected = sum(file.frames for file in files)
@@ -108,14 +109,7 @@ on_input, on_output, on_run = map(topic_options, ("What is read", "What is writt
 @click.argument("src", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("dst", metavar="OUT", type=click.Path(path_type=Path))
 @on_input("--streams", type=streams, metavar="N,N", help="Streams of IN by number, as for the shards.")
-@on_output(
-    "--audio",
-    type=click.Choice(("copy", "none", *sorted(AUDIO_CODECS))),
-    default="copy",
-    metavar="HOW",
-    help=f"copy, none, {', '.join(sorted(AUDIO_CODECS))} [copy].",
-)
-@on_output("--no-subtitles", is_flag=True, help="Leave subtitles out.")
+@track_options(on_output)
 @on_output("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @on_run("--quiet", is_flag=True, help="Say only what goes wrong.")
 def join(

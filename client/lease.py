@@ -134,13 +134,10 @@ class Lease:
 
     def is_ours(self) -> bool:
         """Whether no other run has taken over."""
-        return self._holder_token() == self._me.token
-
-    def _holder_token(self) -> str:
         try:
-            return str(json.loads(self._path.read_text())["token"])
+            return bool(json.loads(self._path.read_text())["token"] == self._me.token)
         except (OSError, LookupError, TypeError, ValueError):
-            return ""
+            return False
 
     def check(self) -> None:
         """Compare the lease with ours, before something is kept.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from .shard import Shard
+from .video.tracks import AUDIO_CODECS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -49,6 +50,19 @@ def topic_options(topic: str) -> Callable[..., Callable[[Function], Function]]:
         return click.option(*names, cls=TopicOption, topic=topic, **kwargs)
 
     return option
+
+
+def track_options(option: Callable[..., Callable[[Function], Function]]) -> Callable[[Function], Function]:
+    """``--audio`` and ``--no-subtitles``, made by a topic's ``option``."""
+    audio = option(
+        "--audio",
+        type=click.Choice(("copy", "none", *sorted(AUDIO_CODECS))),
+        default="copy",
+        metavar="HOW",
+        help=f"copy, none, {', '.join(sorted(AUDIO_CODECS))} [copy].",
+    )
+    no_subtitles = option("--no-subtitles", is_flag=True, help="Leave subtitles out.")
+    return lambda command: audio(no_subtitles(command))
 
 
 def seconds(text: str) -> Fraction:

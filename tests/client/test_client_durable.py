@@ -169,3 +169,13 @@ def test_a_comparison_that_fails_leaves_the_old_one(tmp_path, triton, monkeypatc
     assert "No space left on device" in result.output.splitlines()[-1]
     assert target.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.mp4", "out.mp4", name])
+
+
+def test_segments_of_shards_are_whole_before_they_are_kept(tmp_path, triton, disk):
+    clip, out = write_clip(tmp_path / "in.mp4", pictures(9)), tmp_path / "out.mkv"
+    for number in (1, 2):
+        options = ("--url", triton.url, "--segment-frames", 3, "--shard", f"{number}/2")
+        assert run_client(clip, out, *options).exit_code == 0
+    result = run_client("join", clip, out)
+    assert result.exit_code == 0, result.output
+    assert disk.lost == []
