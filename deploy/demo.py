@@ -17,7 +17,7 @@ import torch
 
 from deploy.embedded.server import TritonServer
 from export.data.clips import SCALER
-from export.data.degradations import bi
+from export.data.degradations import degrade
 from export.data.sample import sample_clip
 from export.metrics.bicubic import bicubic
 from export.metrics.collage import Frame, draw_collage, lossiest_crop
@@ -91,8 +91,8 @@ def write_lossless(path: Path, frames: Sequence[Frame], rate: Fraction) -> None:
 
 def reduce(frame: Frame) -> Frame:
     """Downscale by 4 as in training: (4H, 4W, 3) -> (H, W, 3) uint8 RGB."""
-    hr = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
-    return (bi(hr)[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    reduced: Frame = degrade("bi", frame[None])[0]
+    return reduced
 
 
 def bicubic_frame(frame: Frame) -> Frame:

@@ -66,6 +66,12 @@ def cache_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def save_array(path: Path, array: NDArray[np.uint8]) -> None:
+    """Write a ``.npy`` file, see `cache_file`."""
+    with cache_file(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
+
+
 def _decoded(path: Path) -> Iterator[av.VideoFrame]:
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -156,8 +162,7 @@ def load_clip(path: Path, cache: Path, *, min_side: int, photo: bool = False) ->
             raise ExportError(f"{path.name}: expected at least {length} frames, found {len(frames)}")
         if len({frame.shape for frame in frames}) > 1:
             raise ExportError(f"{path.name}: expected one frame size, found several")
-        with cache_file(stored) as partial, partial.open("wb") as file:
-            np.save(file, _segments(frames, length))
+        save_array(stored, _segments(frames, length))
     segments: Segments = np.load(stored, mmap_mode="r")
     if segments.shape[0] == 0:
         raise ExportError(f"{path.name}: expected {SEGMENT} frames without a cut, found none")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.data.clips import cache_file
+from export.data.clips import save_array
 from export.data.degradations import degrade
 from export.data.moving_photos import moving_photo
 from export.spec import SCALE
@@ -24,6 +24,12 @@ PHOTO_SIZE = (320, 512)  # hr pixels of a rendered photo sequence: codecs need m
 PHOTO_FRAMES = 24
 
 Frames = NDArray[np.uint8]
+
+
+def lr_files(scene: Path, folder: Path, variants: int) -> dict[str, Path]:
+    """Name of a degradation, ``bi`` or ``real0``, -> file of a scene's lr frames; ``bi`` first."""
+    names = ("bi", *(f"real{variant}" for variant in range(variants)))
+    return {name: folder / f"{scene.stem}.{name}.npy" for name in names}
 
 
 def degrade_scenes(cache: Path, out: Path, variants: int) -> None:
@@ -38,16 +44,15 @@ def degrade_scenes(cache: Path, out: Path, variants: int) -> None:
         variants: as cameras and codecs make them, see `export.data.real`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    names = ("bi", *(f"real{variant}" for variant in range(variants)))
     scenes = sorted(cache.glob("*.npy"))
     jobs = [
         (scene, target, name.rstrip("0123456789"))
         for scene in scenes
-        for name in names
-        if not (target := out / f"{scene.stem}.{name}.npy").exists()
+        for name, target in lr_files(scene, out, variants).items()
+        if not target.exists()
     ]
     if jobs:
-        log.info("degrading %d scenes in %d ways", len(scenes), len(names))
+        log.info("degrading %d scenes in %d ways", len(scenes), 1 + variants)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # codecs and torch release the interpreter's lock
             list(pool.map(_degrade_scene, *zip(*jobs, strict=True)))
 
@@ -55,7 +60,7 @@ def degrade_scenes(cache: Path, out: Path, variants: int) -> None:
 def _degrade_scene(scene: Path, target: Path, name: str) -> None:
     frames = np.load(scene, mmap_mode="r")
     h, w = (side // SCALE * SCALE for side in frames.shape[1:3])
-    _save(target, degrade(name, frames[:, :h, :w], zlib.crc32(target.stem.encode())))
+    save_array(target, degrade(name, frames[:, :h, :w], zlib.crc32(target.stem.encode())))
 
 
 def render_photos(photos: Sequence[Frames], drawings: Sequence[Frames], out: Path, count: int) -> None:
@@ -66,9 +71,4 @@ def render_photos(photos: Sequence[Frames], drawings: Sequence[Frames], out: Pat
         if not target.exists():
             rng = np.random.default_rng(index)
             frames = moving_photo(rng, photos, drawings, PHOTO_FRAMES, PHOTO_SIZE)
-            _save(target, (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-
-
-def _save(path: Path, frames: Frames) -> None:
-    with cache_file(path) as partial, partial.open("wb") as file:
-        np.save(file, frames)
+            save_array(target, (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())

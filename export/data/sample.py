@@ -8,10 +8,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from export.data.degradations import bi
+from export.data.degradations import degrade
 from export.errors import ExportError
 from export.spec import LR_SIZES, MULTIPLE_OF, SCALE, WINDOW, Size
 
@@ -63,7 +62,7 @@ def reduced_windows(first: int, count: int) -> tuple[Frames, Frames]:
     """
     around = WINDOW // 2
     hr = _whole_multiples(_frames(sample_clip(), first - around, count + 2 * around))
-    return _windows(_reduce(hr), count), hr[around : around + count]
+    return _windows(degrade("bi", hr), count), hr[around : around + count]
 
 
 def calibration_windows(folder: Path | None = None) -> list[Frames]:
@@ -95,7 +94,7 @@ def calibration_windows(folder: Path | None = None) -> list[Frames]:
                     f"more to calibrate on, found {_described(frames, first)}; take it out of the folder"
                 )
             hr = _whole_multiples(frames)
-            windows += [_windows(_center(lr, CALIBRATION_SIZE), 1) for lr in (_reduce(hr), hr)]
+            windows += [_windows(_center(lr, CALIBRATION_SIZE), 1) for lr in (degrade("bi", hr), hr)]
     return windows
 
 
@@ -125,12 +124,6 @@ def _center(frames: Frames, size: Size) -> Frames:
     height, width = (min(side, most) for side, most in zip(frames.shape[1:3], size, strict=True))
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[:, top : top + height, left : left + width]
-
-
-def _reduce(frames: Frames) -> Frames:
-    hr = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-    lr: Frames = (bi(hr) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return lr
 
 
 def _windows(frames: Frames, count: int) -> Frames:

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.data.clips import PHOTO_SUFFIXES, VIDEO_SUFFIXES, cache_file, decode_frames, is_cut
+from export.data.clips import PHOTO_SUFFIXES, VIDEO_SUFFIXES, decode_frames, is_cut, save_array
+from export.data.degraded import lr_files
 from export.errors import ExportError
 from export.spec import SCALE
 
@@ -102,11 +103,7 @@ def _decode(path: Path, cache: Path) -> list[int]:
                 if len(scene) > SCENE_FRAMES
                 else scene
             )
-            with (
-                cache_file(cache / f"{path.name}.{len(sizes)}.npy") as partial,
-                partial.open("wb") as file,
-            ):
-                np.save(file, np.stack(kept))
+            save_array(cache / f"{path.name}.{len(sizes)}.npy", np.stack(kept))
             sizes.append(len(kept))
         scene.clear()
 
@@ -127,12 +124,11 @@ def load_scenes(cache: Path, lr: Path, groups: dict[str, float], variants: int =
         groups: shares by prefix.
         variants: how many sets of lr frames are used besides ``bi``'s.
     """
-    names = ("bi", *(f"real{variant}" for variant in range(variants)))
     scenes: list[Scene] = []
     for path in sorted(cache.glob("*.npy")):
         clip = path.name.rsplit(".", 2)[0]
         frames = np.load(path, mmap_mode="r")
-        reduced = tuple(np.load(lr / f"{path.stem}.{name}.npy", mmap_mode="r") for name in names)
+        reduced = tuple(np.load(file, mmap_mode="r") for file in lr_files(path, lr, variants).values())
         scenes.append(Scene(clip, frames, math.sqrt(len(frames)), reduced))
     for prefix, share in groups.items():
         members = [i for i, s in enumerate(scenes) if s.clip.startswith(prefix)]
@@ -160,8 +156,7 @@ def load_photos(folder: Path, cache: Path) -> list[Frames]:
         stored = cache / f"{path.name}.npy"
         if not stored.exists():
             (frame,) = decode_frames(path, lossless=True)
-            with cache_file(stored) as partial, partial.open("wb") as file:
-                np.save(file, frame)
+            save_array(stored, frame)
         photos.append(np.load(stored, mmap_mode="r"))
     return photos
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.data.clips import Clip
-from export.data.degradations import bi
+from export.data.degradations import degrade
 from export.data.evaluation_clips import EvaluationClip, Frames
 from export.errors import ExportError
 from export.metrics.bicubic import bicubic
@@ -215,10 +215,7 @@ def _segments(clip: Clip, segments: int) -> Iterator[_Scene]:
     height, width = (side // multiple * multiple for side in clip.segments.shape[2:4])
     for index in np.unique(np.linspace(0, len(clip.segments) - 1, segments).round().astype(int)):
         truth = np.array(clip.segments[index, :, :height, :width])
-        images = torch.from_numpy(truth).permute(0, 3, 1, 2).float()[None] / 255
-        lr = bi(images)[0]
-        lr_frames = (lr * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        yield _Scene(lr_frames, truth, range(MARGIN, len(truth) - MARGIN))
+        yield _Scene(degrade("bi", truth), truth, range(MARGIN, len(truth) - MARGIN))
 
 
 def _single(network: Upscale) -> Upscale:
