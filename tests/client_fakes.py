@@ -134,6 +134,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     port: int = 0
     probes: int = 0
     requests: int = 0
+    ids: set[str] = field(default_factory=set)
+    """Of requests for inference. A window that is sent again keeps its id."""
     under_way: int = 0
     most_under_way: int = 0
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -194,6 +196,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         with self._lock:
             self.requests += 1
             count = self.requests
+            self.ids.add(request.id)
             used = [
                 tensor.parameters["shared_memory_region"].string_param
                 for tensor in (*request.inputs, *request.outputs)

@@ -8,7 +8,7 @@ from pathlib import Path
 import leftovers
 
 LEAVES_ALL = """
-import socket, subprocess, tempfile
+import socket, subprocess, tempfile, time
 from pathlib import Path
 import leftovers
 session = leftovers.Session()
@@ -22,6 +22,8 @@ region.touch()
 file = tempfile.mkstemp()[1]
 listener = socket.create_server(("127.0.0.1", 0))
 try:
+    while not any(line.endswith("sleep 61") for line in session.leftovers()):
+        time.sleep(0.01)  # it is still a bash
     print(*session.leftovers(), sep="\\n")
     print(process.pid, region, file, listener.getsockname()[1])
 finally:

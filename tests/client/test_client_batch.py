@@ -32,10 +32,10 @@ def test_a_folder_of_videos(tmp_path, triton, folder):
     assert f"{out / 'a.mp4'}: 3 frames" in result.output
 
     write_clip(folder / "b.mp4", pictures(2))
-    before = triton.requests
+    before = len(triton.ids)
     result = run_client(folder, out, "--url", triton.url)
     assert result.exit_code == 0, result.output
-    assert triton.requests == before + 2  # what is done is left alone
+    assert len(triton.ids) == before + 2  # what is done is left alone
     assert f"{out / 'a.mp4'}: is there already" in result.output
 
 
@@ -153,7 +153,7 @@ def test_dry_run(tmp_path, triton):
     result = run_client(clip, tmp_path / "out.mp4", "--url", triton.url, "--dry-run")
     assert result.exit_code == 0, result.output
     assert f"{clip}: 60 frames to {tmp_path / 'out.mp4'}, 192x128, about " in result.output
-    assert triton.requests == 16
+    assert len(triton.ids) == 16
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 

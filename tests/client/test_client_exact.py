@@ -12,6 +12,8 @@ import pytest
 from av.stream import Disposition
 from client_fakes import FakeTriton, decoded, frame_times, packets, pictures, run_client, write_clip
 
+pytestmark = pytest.mark.slow
+
 COUNT = 12
 
 

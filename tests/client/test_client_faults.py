@@ -33,7 +33,7 @@ from mst_gan_client.serving import server as server_module
 from mst_gan_client.serving.transports import system
 from mst_gan_client.video import encode
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TITLE = "Fault matrix"
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"

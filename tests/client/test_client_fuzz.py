@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from fuzz import KINDS, TAGGED, fuzz
+
+pytestmark = pytest.mark.slow
 
 FILES = 4 * len((*KINDS, *TAGGED))
 SEED = 7

@@ -15,6 +15,8 @@ from av.stream import Discard, Disposition
 from client_fakes import FakeTriton, decoded, frame_times, packets, pictures, run_client, write_clip
 from ffmpeg import FILM, H264, TONE, ffmpeg, insert_box
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def triton():

@@ -25,6 +25,8 @@ from mst_gan_client.video.color import Color
 from mst_gan_client.video.encode import encoding_from_options
 from mst_gan_client.video.picture import Frame, Picture, Range
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 CONTRACT = contract_from_config(ensemble_config(), "here")
 

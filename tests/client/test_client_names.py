@@ -12,6 +12,8 @@ import pytest
 from client_fakes import FakeTriton, decoded, pictures, run_client, write_clip
 from test_client_pipe import y4m
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 
 NAMES = [

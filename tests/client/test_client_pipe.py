@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from client_fakes import decoded, frame_times, nearest, pictures, run_client, write_clip
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 IMAGES = pictures(20)
 

@@ -24,6 +24,8 @@ from mst_gan_client.video import convert
 from mst_gan_client.video.mux import Muxer
 from mst_gan_client.video.source import Source
 
+pytestmark = pytest.mark.slow
+
 COUNT = 30
 
 

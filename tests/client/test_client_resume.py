@@ -25,6 +25,8 @@ from client_fakes import (
     write_clip,
 )
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 COUNT = 60
 

@@ -15,6 +15,8 @@ from mst_gan_client.video.decode import Video
 from mst_gan_client.video.picture import Range
 from mst_gan_client.video.source import Source
 
+pytestmark = pytest.mark.slow
+
 COUNT = 96
 X264 = {"g": "24", "bf": "3", "x264-params": "b-pyramid=normal:scenecut=0:ref=4"}
 UNEVEN = [7 * t + t % 3 + 40 * (t > 50) for t in range(COUNT)]  # ms

@@ -11,7 +11,7 @@ from client_fakes import FakeTriton, ensemble_config, http_server, nearest, stag
 from tritonclient.grpc import model_config_pb2
 
 from mst_gan_client.errors import UpscaleError
-from mst_gan_client.prefetch import CLOSE_WITHIN_S, Prefetch
+from mst_gan_client.prefetch import Prefetch
 from mst_gan_client.serving.addresses import address_from_url
 from mst_gan_client.serving.contract import contract_from_config, instance_count
 from mst_gan_client.serving.server import Server
@@ -174,10 +174,9 @@ def test_a_run_that_waits_for_a_slow_server_is_stopped_at_once(open_session):
         answers = Prefetch(session.hr_frames(lr_windows(3)), 1)
         while not triton.requests:
             time.sleep(0.01)
-        started_s = time.monotonic()
         session.stop()
         answers.close()
-        assert time.monotonic() - started_s < CLOSE_WITHIN_S / 2
+        assert not answers._thread.is_alive()  # close() gives up on a thread that goes on waiting
         gate.set()
 
 
@@ -260,10 +259,8 @@ def test_a_server_that_stays_away_is_given_up(open_session):
     triton = FakeTriton()
     triton.before_answer = lambda count: count == 5 and threading.Thread(target=triton.stop).start()
     session = open_session(triton, patience_s=1.0)
-    began_s = time.monotonic()
     with pytest.raises(UpscaleError, match=r"lost 127.0.0.1:\d+ and found no server for 1 s: start one"):
         list(session.hr_frames(slow(lr_windows(60))))
-    assert time.monotonic() - began_s < 60
 
 
 def slow(items):

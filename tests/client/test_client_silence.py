@@ -21,7 +21,7 @@ from mst_gan_client.serving.server import Server
 from mst_gan_client.serving.session import Session
 from mst_gan_client.serving.transports.cuda import MODULE
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 COUNT = 80
 DEAD_STUB = (

@@ -11,6 +11,8 @@ from client_fakes import FakeTriton, decoded, pictures, run_client, write_clip
 
 from mst_gan_client.run import REHEARSED_FRAMES
 
+pytestmark = pytest.mark.slow
+
 ERRORS = [
     av.error.DecoderNotFoundError(1, "Decoder not found"),
     av.error.InvalidDataError(1, "Invalid data found when processing input"),

@@ -22,7 +22,7 @@ from mst_gan_client.serving.awake import LONGEST_GAP_S, AwakeClock, answer_of
 from mst_gan_client.serving.server import Server
 from mst_gan_client.serving.session import Session
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 PAUSE_S = 1000.0
 

@@ -17,6 +17,8 @@ import pytest
 from client_fakes import FakeTriton, run_client
 from ffmpeg import ffmpeg
 
+pytestmark = pytest.mark.slow
+
 TITLE = "Format matrix (pixel format x container; sizes, rates, rotations, streams drawn)"
 LEVELS = 2  # by which a color may differ from FFmpeg's
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-bf", "2")

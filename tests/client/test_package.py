@@ -15,7 +15,7 @@ from client_fakes import FakeTriton, decoded, pictures, write_clip
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "client/upscale.py"
 PACKAGE = "mst_gan_client"
-pytestmark = pytest.mark.timeout(900)  # packages come over the network
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # packages come over the network
 
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

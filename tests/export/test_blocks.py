@@ -14,6 +14,8 @@ from export.network.encoder import Bottleneck
 from export.network.frames import frames_from_window
 from export.network.layers import ResidualBlock
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 0.5  # gray levels: what no byte of the answer shows
 SPOT = 110  # of the sample clip
 

@@ -23,6 +23,8 @@ from export.repository import stage_path
 from export.verify import compare
 from export.verify.compare import EQUAL_DB, Comparison, Report, compare_generator, compare_stages, psnr_db
 
+pytestmark = pytest.mark.slow
+
 LIMITS = {"psnr_db": 40.0, "max_error": 2.0}
 
 

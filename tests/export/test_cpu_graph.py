@@ -17,6 +17,8 @@ from export.network.flow import backward_warp, nearest_sample
 from export.onnx.cpu import cpu_graph, head_first
 from export.onnx.cpu_functions import DOMAIN, FUNCTIONS
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray
 FUNCTION = {parsed.name: parsed for parsed in map(parser.parse_function, FUNCTIONS)}
 

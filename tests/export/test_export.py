@@ -42,6 +42,7 @@ def test_build_fills_the_repository(built: Path) -> None:
     assert all(row["passed"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_light_network_fills_the_same_repository(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from export.network.frames import frames_from_window, to_uint8
 from export.network.layers import BicubicSubpixels, PixelShuffle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("widths", "parameters", "flops"), [(BASELINE, 28e6, 950e9), (PRUNED, 17e6, 570e9)])
 def test_budgets(widths: Widths, parameters: float, flops: float) -> None:
     found_parameters, found_flops = count(widths, (720, 1280))

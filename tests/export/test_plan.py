@@ -33,6 +33,8 @@ from export.tensorrt.plan import Identity, build_plan, check_plan, identity_path
 from export.verify import compare
 from export.verify.compare import Comparison, Report, psnr_db
 
+pytestmark = pytest.mark.slow
+
 RTX = "tensorrt_rtx"
 
 

@@ -199,6 +199,7 @@ def distances(network: StreamNetwork, scenes: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["tiny", "trained"])
 def test_600_frames_without_drift(weights: str) -> None:
     network = load_stream_checkpoint(UNFINISHED) if weights == "trained" else shaken(std=0.02)
@@ -224,6 +225,7 @@ def test_the_direct_loop_forgets() -> None:
     assert MAX_GATE < 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_export_agrees_over_a_sequence_that_begins_with_a_state_of_one_pixel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

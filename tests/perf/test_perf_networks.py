@@ -29,6 +29,8 @@ from perf.peers.layers import backward_warp, deform_conv
 from perf.peers.rsdn import Cell, Rsdn, structure_of
 from perf.results import PerfError
 
+pytestmark = pytest.mark.slow
+
 SIZE = (180, 320)
 OURS = Network(partial(MstGan, TINY), 3, takes_bytes=True)
 

@@ -203,6 +203,7 @@ def test_validation_is_on_the_centers() -> None:
     assert small.segments.shape == (1, 1, 96, 112, 1)
 
 
+@pytest.mark.slow
 def test_resumed_adversarial_run_equals_an_unbroken_one(
     clip: Clip, start: MstGan, vgg: DistilledVgg, metrics: MetricConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -285,6 +285,7 @@ def run_prune(checkpoint: Path, footage: Path, out: Path, *options: object) -> R
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_prune_command(wide: MstGan, footage: Path, tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "wide.safetensors", tmp_path / "pruned.safetensors"
     save_checkpoint(wide, checkpoint, {})

@@ -26,6 +26,8 @@ from export.training.perceptual import DistilledVgg
 from export.training.train_all import RESERVE, read_stages
 from export.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 WIDE = replace(TINY, name="baseline", body_inner=(16,), context_inner=16)
 STEPS = 2
 STAGES = read_stages(read_recipe("all"), {}, "all")

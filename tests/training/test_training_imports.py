@@ -6,6 +6,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ROOMS = "client", "deploy", "export", "perf"
 MAY = ROOT / "export" / "__main__.py", ROOT / "export" / "training"
