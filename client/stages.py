@@ -17,6 +17,7 @@ FORESEEABLE = (
     OSError,
     MemoryError,
     ValueError,  # UnicodeError, and values that PyAV has no name for
+    ArithmeticError,  # rates and sizes of a file that are 0, or larger than PyAV's integers
     LookupError,
     NotImplementedError,
     InferenceServerException,

@@ -241,7 +241,9 @@ class Video:
     @property
     def _rate(self) -> Fraction:
         rate = self._stream.guessed_rate or self._stream.average_rate or FALLBACK_RATE
-        return rate if max(rate.as_integer_ratio()) < LARGEST_RATE_TERM else rate.limit_denominator(1001)
+        if max(rate.as_integer_ratio()) < LARGEST_RATE_TERM:
+            return rate
+        return rate.limit_denominator(1001) or FALLBACK_RATE  # 0: less than a frame in half an hour
 
     @property
     def _nominal_ticks(self) -> int:
