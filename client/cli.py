@@ -17,11 +17,13 @@ from .batch import check_extras, jobs_from_arguments, run_all
 from .errors import UpscaleError
 from .frames.scenes import DEFAULT_THRESHOLD
 from .join import join
+from .metrics import serve_metrics
 from .options import (
     TopicCommand,
     byte_count,
     frames_per_second,
     height_and_width,
+    host_and_port,
     seconds,
     shard,
     streams,
@@ -197,6 +199,12 @@ class UpscaleCommand(TopicCommand):
 @on_run("--restart", is_flag=True, help="Throw away what an unfinished run left beside OUT.")
 @on_run("--dry-run", is_flag=True, help="Try a few frames; estimate time and size.")
 @on_run("--json", "as_json", is_flag=True, help="Tell programs: one JSON object a line on stdout.")
+@on_run(
+    "--metrics-port",
+    type=host_and_port,
+    metavar="PORT",
+    help="Metrics for Prometheus; 0.0.0.0:PORT: for others.",
+)
 @on_run("--quiet", is_flag=True, help="Say only what goes wrong.")
 def main(
     src: str,
@@ -239,6 +247,7 @@ def main(
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    metrics_port: tuple[str, int] | None,
     quiet: bool,
 ) -> None:
     """Upscale the video IN into OUT; sound, subtitles and times stay as they are.
@@ -304,7 +313,11 @@ def main(
             keep_existing=is_batch and not overwrite,
         )
         security = Security(tls_ca, tls_cert, tls_key, token)
-        with open_session(url.split(","), model, security, patience, allow_mixed_weights) as session:
+        with (
+            serve_metrics(metrics_port, progress) as watch,
+            open_session(url.split(","), model, security, patience, allow_mixed_weights) as session,
+        ):
+            watch(session)
             if dry_run:
                 for one, out in jobs:
                     echo(rehearse(one, out, session, options))

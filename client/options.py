@@ -101,6 +101,14 @@ def byte_count(text: str) -> int:
     return total
 
 
+def host_and_port(text: str) -> tuple[str, int]:
+    """Read a port such as 8003, on loopback, or 0.0.0.0:8003."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise click.BadParameter(f"expected a port such as 8003, or HOST:PORT, found {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
 def frames_per_second(text: str) -> Fraction:
     """Read a rate such as 25, 23.976 or 30000/1001."""
     if not re.fullmatch(r"[1-9]\d*(?:\.\d+|/[1-9]\d*)?", text):

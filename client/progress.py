@@ -45,6 +45,11 @@ class _Fps(ProgressColumn):
 class Progress:
     """Says nothing but what went wrong; the others build on it."""
 
+    frames = 0
+    """Written so far, of all clips."""
+    _done = _done_before = 0
+    _started_s = 0.0
+
     def started(self, dst: Path, total: int, done: int) -> None:
         """A clip begins.
 
@@ -59,6 +64,7 @@ class Progress:
     def advanced(self) -> None:
         """One more frame is written."""
         self._done += 1
+        self.frames += 1
 
     def finished(self, dst: Path, result: Result) -> None:
         """A clip is done."""
@@ -73,11 +79,12 @@ class Progress:
     def close(self) -> None:
         """The clip has ended, well or not."""
 
-    def _fps(self) -> float:
+    def fps(self) -> float:
+        """Frames written per second since the clip began; 0 before the first."""
         return (self._done - self._done_before) / max(time.monotonic() - self._started_s, 1e-9)
 
     def _left_s(self) -> float | None:
-        fps = self._fps()
+        fps = self.fps()
         return max(0, self._total - self._done) / fps if self._total and fps else None
 
 
@@ -113,7 +120,7 @@ class ConsoleProgress(Progress):
             of_total = f"/{self._total}" if self._total else ""
             left_s = self._left_s()
             left = f", {left_s:.0f} s left" if left_s else ""
-            echo(f"{self._title}: frame {self._done}{of_total}, {self._fps():.1f} fps{left}", err=True)
+            echo(f"{self._title}: frame {self._done}{of_total}, {self.fps():.1f} fps{left}", err=True)
 
     def finished(self, dst: Path, result: Result) -> None:
         """One line that names the bottleneck."""
@@ -154,7 +161,7 @@ class JsonProgress(Progress):
         super().advanced()
         if time.monotonic() >= self._next_event_s:
             self._next_event_s = time.monotonic() + EVENT_EVERY_S
-            self._say("progress", frames_done=self._done, fps=self._fps(), left_s=self._left_s())
+            self._say("progress", frames_done=self._done, fps=self.fps(), left_s=self._left_s())
 
     def finished(self, dst: Path, result: Result) -> None:
         """Event ``finished``."""

@@ -156,6 +156,12 @@ class Connection:
         """How much of what it may have at once it has."""
         return len(self._attempts) / self._limit
 
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of windows that it owes an answer to."""
+        with self._lock:
+            return sum(attempt.job.pixels for attempt in self._attempts)  # a byte each
+
     def has_room(self, now_s: float) -> bool:
         """Whether it can be sent a window now."""
         return self.free_at_s() is not None and now_s >= self._not_before_s

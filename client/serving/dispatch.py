@@ -48,6 +48,8 @@ class Dispatch:
         """Time spent with nothing to do but wait for an answer."""
         self.resent = 0
         """Windows that had to be sent again because a server was lost or failed."""
+        self.retries = 0
+        """Windows that were sent again because a server was busy."""
         self.hedged = 0
         """Windows that were sent to another server as well because they were late."""
         self.answers: Answers = queue.SimpleQueue()
@@ -183,7 +185,9 @@ class Dispatch:
             connection.ask_for_less(attempt, is_busy=True)
         if job.hr is not None:  # of another server
             return
-        if fault is not Fault.BUSY:
+        if fault is Fault.BUSY:
+            self.retries += 1
+        else:
             job.failures += 1
             if fault is Fault.REFUSED or job.failures >= MOST_FAILURES:
                 raise UpscaleError(

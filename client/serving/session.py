@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..errors import UpscaleError
 from ..frames.windows import Image
@@ -14,6 +15,22 @@ from .trail import Trail
 from .transports import AUTO
 
 Connect = Callable[[], ServerProtocol]
+
+
+@dataclass(frozen=True)
+class SentAgain:
+    """How many windows were sent more than once, and why."""
+
+    retries: int
+    """A busy server refused."""
+    resent: int
+    """A server was lost or failed."""
+    hedged: int
+    """Late at one server, and sent to another as well."""
+
+    def plus(self, retries: int, resent: int, hedged: int) -> SentAgain:
+        """Add those of another round."""
+        return SentAgain(self.retries + retries, self.resent + resent, self.hedged + hedged)
 
 
 class Session:
@@ -52,6 +69,7 @@ class Session:
         self.trail = Trail.new()
         """Names the requests of the next round."""
         self._dispatch: Dispatch | None = None
+        self._sent_again = SentAgain(0, 0, 0)
         self._first = servers[0]
         for server in servers[1:]:
             self._check_contract(server)
@@ -90,6 +108,24 @@ class Session:
     def hedged(self) -> int:
         """Windows of the last round that were late, and sent to another server as well."""
         return self._dispatch.hedged if self._dispatch else 0
+
+    def sent_again(self) -> SentAgain:
+        """Windows of all rounds so far that were sent more than once."""
+        with self._lock:
+            now = self._dispatch
+            return self._sent_again.plus(now.retries, now.resent, now.hedged) if now else self._sent_again
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of windows that were sent and not answered yet."""
+        return sum(connection.bytes_in_flight for connection in self._connections)
+
+    def servers(self) -> list[tuple[str, State, Mapping[str, str]]]:
+        """Address, state, and what it publishes about its weights, of every server."""
+        return [
+            (one.address, one.state, one.server.identity().published if one.server else {})
+            for one in self._connections
+        ]
 
     def limit(self, windows: int) -> None:
         """Hold at most so many windows, or answers that wait for their turn, from the next round on.
@@ -137,7 +173,7 @@ class Session:
         Raises:
             UpscaleError: A server refused a window, or all of them stayed away.
         """
-        self._dispatch = Dispatch(
+        dispatch = Dispatch(
             self._connections,
             lr_windows,
             lambda: self._most_held or 2 * self.in_flight,
@@ -145,7 +181,10 @@ class Session:
             self._stall_s,
             self.trail,
         )
-        yield from self._dispatch.run()
+        before = self.sent_again()
+        with self._lock:
+            self._sent_again, self._dispatch = before, dispatch
+        yield from dispatch.run()
 
     def stop(self) -> None:
         """End the windows under way, from another thread than the one that may be waiting for them."""

@@ -1,0 +1,1 @@
+"""Configuration of Prometheus and Grafana, and the dashboard's picture without Grafana."""
