@@ -5,6 +5,7 @@ PYTHON ?= $(firstword $(shell for python in python3.11 python3.12 python3; do \
 	"$$python" -c "$(SUITABLE)" 2> /dev/null && echo "$$python"; done))
 CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
 SERVE_ARGS ?=
+STREAM_ARGS ?=
 SWEEP ?=
 QUICK ?=
 LADDER_ARGS ?=
@@ -19,7 +20,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py $(foreach d,network onnx tensorrt verify data metrics,export/$(d)/*.py) export/verify/*.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plans configs serve doctor demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
+.PHONY: help setup export stream plans configs serve doctor demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +43,9 @@ $(MODELS): $(CHECKPOINT) $(EXPORT_CODE) | setup
 
 export: setup  ## Checkpoint -> ONNX -> parity check -> model_repository/  [TARGET=cpu|cuda|tensorrt|fp32] [CHECKPOINT=...]
 	$(BIN)/python -m export build --checkpoint $(CHECKPOINT) $(if $(TARGET),--target $(TARGET))
+
+stream: setup  ## Recurrent checkpoint -> the ensemble mst_gan_stream, beside mst_gan  [STREAM_ARGS="--target fp32"]
+	$(BIN)/python -m export build-stream $(STREAM_ARGS)
 
 plans: $(MODELS)  ## TensorRT-RTX plans of all three stages (needs no GPU)
 	$(BIN)/python -m export plans
@@ -101,4 +105,4 @@ evaluate: setup  ## Score CHECKPOINT="a b ..." on every frame of CLIPS=folder  [
 	$(BIN)/python -m export evaluate $(foreach file,$(CHECKPOINT),--checkpoint $(file)) --clips $(CLIPS) $(if $(NAMES),--names $(NAMES)) $(EVALUATE_ARGS)
 
 clean:  ## Remove what was built, but not .venv
-	rm -rf build model_repository/*/1/model* model_repository/mst_gan/config*
+	rm -rf build model_repository/*/1/model* model_repository/mst_gan/config* model_repository/*stream*

@@ -162,6 +162,41 @@ def plans(
 
 
 @main.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Recurrent network's weights.")
+@click.option("--repository", type=click.Path(path_type=Path), default=ROOT / "model_repository")
+@click.option(
+    "--build", "folder", type=click.Path(path_type=Path), default=BUILD / "stream", help="Work folder."
+)
+@click.option("--target", type=click.Choice(["cpu", "fp32"]), default="cpu", help="INT8, or FP32.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Folder of videos, as for build.")
+def build_stream(
+    checkpoint: Path | None, repository: Path, folder: Path, target: str, calibration: Path | None
+) -> None:
+    """Recurrent checkpoint -> ONNX -> INT8 -> comparison over a sequence -> ensemble mst_gan_stream."""
+    from export.checkpoint import DEFAULT_STREAM, load_stream_checkpoint
+    from export.data.sample import calibration_windows
+    from export.model_config import FP32, INT8
+    from export.onnx.stream import convert_for_cpu, export_stream
+    from export.repository import install_stream, weights_of
+    from export.verify.compare import Report
+    from export.verify.sequences import compare_precision, compare_sequence
+
+    checkpoint = checkpoint or DEFAULT_STREAM
+    network = load_stream_checkpoint(checkpoint)
+    windows = calibration_windows(calibration)
+    report = Report(folder)
+    paths = export_stream(network, folder)
+    report.check("onnx", [compare_sequence(network, paths)])
+    precision = FP32
+    if target == "cpu":
+        served = convert_for_cpu(network, paths, folder, windows)
+        report.check("precisions", [compare_precision(INT8, served, paths)])
+        precision = INT8
+    install_stream(folder, repository, weights_of(checkpoint), precision)
+    click.echo(f"{repository} serves mst_gan_stream in {precision}: start a server with `make serve`")
+
+
+@main.command()
 @click.option("--repository", "folder", type=click.Path(path_type=Path), default=ROOT / "model_repository")
 def repository(folder: Path) -> None:
     """Regenerate every config.pbtxt from export/spec.py."""

@@ -17,6 +17,7 @@ from export.paths import atomic_write
 
 FOLDER = Path(__file__).parent / "checkpoints"
 DEFAULT = FOLDER / "mst_gan_pruned.safetensors"
+DEFAULT_STREAM = FOLDER / "unfinished" / "stream.safetensors"
 
 RENAMED = {"full": "stem", "join": "fuse", "detail": "body", "tail": "head"}
 """Parts of the generator that had other names in files of release 0.1, which are still read: old -> new."""

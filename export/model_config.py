@@ -71,26 +71,28 @@ def ensemble_config(identity: Mapping[str, str]) -> pb.ModelConfig:
     Args:
         identity: values of ``spec.IDENTITY``, or none of them.
     """
-    parameters = {**spec.PARAMETERS, **identity}
-    return pb.ModelConfig(
-        name=spec.ENSEMBLE.name,
-        platform="ensemble",
-        max_batch_size=spec.MAX_BATCH,
-        input=_tensors(pb.ModelInput, spec.ENSEMBLE.inputs),
-        output=_tensors(pb.ModelOutput, spec.ENSEMBLE.outputs),
-        ensemble_scheduling=pb.ModelEnsembling(
-            step=[
-                pb.ModelEnsembling.Step(
-                    model_name=stage.name,
-                    model_version=-1,  # the latest
-                    input_map={tensor.name: tensor.name for tensor in stage.inputs},
-                    output_map={tensor.name: tensor.name for tensor in stage.outputs},
-                )
-                for stage in spec.STAGES
-            ]
-        ),
-        parameters={key: pb.ModelParameter(string_value=value) for key, value in parameters.items()},
-    )
+    config = _ensemble(spec.ENSEMBLE, spec.STAGES)
+    for key, value in {**spec.PARAMETERS, **identity}.items():
+        config.parameters[key].string_value = value
+    return config
+
+
+def stream_configs(identity: Mapping[str, str]) -> dict[str, pb.ModelConfig]:
+    """Path below the repository -> configuration, of the streaming ensemble and its stages with a state.
+
+    Triton passes START, END and the correlation id of an ensemble's request on to every stage (core:
+    ``EnsembleContext::InitStep``). Its sequence batcher takes one frame per request, keeps a sequence in a
+    slot of one instance, and has further sequences wait. Warm-up is left out: it belongs to no sequence.
+
+    Args:
+        identity: values of ``spec.IDENTITY``, or none of them.
+    """
+    configs = {f"{stage.name}/config.pbtxt": _sequence_config(stage) for stage in spec.STREAM_STAGES}
+    ensemble = _ensemble(spec.STREAM_ENSEMBLE, (*spec.STREAM_STAGES, spec.PIXEL_SHUFFLE))
+    ensemble.max_batch_size = 1
+    for key, value in {**spec.STREAM_PARAMETERS, **identity}.items():
+        ensemble.parameters[key].string_value = value
+    return {**configs, f"{spec.STREAM_ENSEMBLE.name}/config.pbtxt": ensemble}
 
 
 def config_text(config: pb.ModelConfig) -> str:
@@ -107,6 +109,59 @@ def precision_file(precision: str) -> str:
 def plan_file(compute_capability: str) -> str:
     """Name of the plan for one kind of GPU in the repository; ``8.9`` -> ``model.sm89.plan``."""
     return f"model.sm{compute_capability.replace('.', '')}.plan"
+
+
+def _ensemble(ensemble: spec.ModelSpec, stages: Iterable[spec.ModelSpec]) -> pb.ModelConfig:
+    return pb.ModelConfig(
+        name=ensemble.name,
+        platform="ensemble",
+        max_batch_size=spec.MAX_BATCH,
+        input=_tensors(pb.ModelInput, ensemble.inputs),
+        output=_tensors(pb.ModelOutput, ensemble.outputs),
+        ensemble_scheduling=pb.ModelEnsembling(
+            step=[
+                pb.ModelEnsembling.Step(
+                    model_name=stage.name,
+                    model_version=-1,  # the latest
+                    input_map={tensor.name: tensor.name for tensor in stage.inputs},
+                    output_map={tensor.name: tensor.name for tensor in stage.outputs},
+                )
+                for stage in stages
+            ]
+        ),
+    )
+
+
+def _sequence_config(stage: spec.StreamSpec) -> pb.ModelConfig:
+    config = _stage_config(stage)
+    config.max_batch_size = stage.max_batch
+    config.ClearField("dynamic_batching")
+    config.ClearField("model_warmup")
+    if stage.inputs[0] == spec.LR_FRAME:
+        config.parameters["multiple_of"].string_value = str(spec.MULTIPLE_OF)
+    batching = config.sequence_batching
+    batching.max_sequence_idle_microseconds = spec.MAX_IDLE_US
+    batching.oldest.max_candidate_sequences = spec.SEQUENCES_PER_INSTANCE
+    batching.oldest.preferred_batch_size.append(stage.max_batch)
+    batching.oldest.max_queue_delay_microseconds = spec.MAX_QUEUE_DELAY_US
+    if stage.starts:
+        control = batching.control_input.add(name=spec.START.name).control.add()
+        control.kind = pb.ModelSequenceBatching.Control.CONTROL_SEQUENCE_START
+        control.fp32_false_true.extend((0, 1))
+    tensor = stage.state.input
+    state = batching.state.add(
+        input_name=tensor.name,
+        output_name=stage.state.output.name,
+        data_type=_data_type(tensor),
+        dims=tensor.dims,
+    )
+    state.initial_state.add(
+        name="zeros",
+        data_type=_data_type(tensor),
+        dims=[1 if side == -1 else side for side in tensor.dims],
+        zero_data=True,
+    )
+    return config
 
 
 def _stage_config(stage: spec.ModelSpec, choice: ServingConfig | None = None) -> pb.ModelConfig:

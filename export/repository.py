@@ -30,6 +30,7 @@ from export.model_config import (
     plan_file,
     precision_file,
     stage_configs,
+    stream_configs,
 )
 
 VERSION = "1"  # the one version directory of every model
@@ -82,6 +83,10 @@ def write_configs(repository: Path) -> None:
     files = {repository / name: config for name, config in committed_configs().items()}
     for path in (ensemble / "config.pbtxt", *(ensemble / "configs").glob("*.pbtxt")):
         files[path] = ensemble_config(_published_identity(path))
+    streaming = repository / spec.STREAM_ENSEMBLE.name / "config.pbtxt"
+    if streaming.is_file():
+        configs = stream_configs(_published_identity(streaming))
+        files |= {repository / name: config for name, config in configs.items()}
     for path, config in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(config_text(config))
@@ -154,6 +159,42 @@ def install(
         _write_all(targets)
         _remove_stale(build, repository)
         _publish_plans(repository, weights)
+    except OSError as err:
+        raise ExportError(f"cannot install the ONNX files into {repository}: {err}") from err
+
+
+def install_stream(build: Path, repository: Path, weights: Weights, precision: str = FP32) -> None:
+    """Put the streaming ensemble beside the window ensemble: all of it, or nothing.
+
+    Args:
+        build: folder with ``<stage>.onnx`` of ``spec.STREAM_STAGES`` and of the pixel shuffle, and
+            ``<stage>.<precision>.onnx`` of the former.
+        repository: where the models lie; its pixel shuffle is the same.
+        weights: what the stages were exported from.
+        precision: to serve.
+
+    Raises:
+        ExportError: A file is missing, unreadable, off the contract, or cannot be copied.
+    """
+    sources: dict[spec.ModelSpec, Path] = {
+        stage: stage_path(build, stage, precision) for stage in spec.STREAM_STAGES
+    }
+    sources[spec.PIXEL_SHUFFLE] = stage_path(build, spec.PIXEL_SHUFFLE)
+    for stage, source in sources.items():
+        _check_onnx(source, stage)
+    targets: dict[Path, Path | str] = {
+        repository / stage.name / VERSION / MODEL_FILE: source for stage, source in sources.items()
+    }
+    configs = {**stage_configs(), **stream_configs(weights.identity(precision))}
+    wanted = {spec.STREAM_ENSEMBLE.name, *(stage.name for stage in sources)}
+    targets |= {
+        repository / name: config_text(config)
+        for name, config in configs.items()
+        if Path(name).parts[0] in wanted
+    }
+    try:
+        (repository / spec.STREAM_ENSEMBLE.name / VERSION).mkdir(parents=True, exist_ok=True)
+        _write_all(targets)
     except OSError as err:
         raise ExportError(f"cannot install the ONNX files into {repository}: {err}") from err
 
@@ -267,8 +308,8 @@ def _check_onnx(source: Path, stage: spec.ModelSpec) -> None:
         raise ExportError(f"{source} is not a readable ONNX file ({err}): run `make export` again") from err
 
     for kind, wanted, values in (
-        ("inputs", stage.inputs, model.graph.input),
-        ("outputs", stage.outputs, model.graph.output),
+        ("inputs", stage.graph_inputs, model.graph.input),
+        ("outputs", stage.graph_outputs, model.graph.output),
     ):
         expected = {tensor.name: ONNX_TYPES[tensor.dtype] for tensor in wanted}
         found = {value.name: value.type.tensor_type.elem_type for value in values}

@@ -77,6 +77,16 @@ class ModelSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def graph_inputs(self) -> tuple[TensorSpec, ...]:
+        """What its ONNX graph takes."""
+        return self.inputs
+
+    @property
+    def graph_outputs(self) -> tuple[TensorSpec, ...]:
+        """What its ONNX graph gives."""
+        return self.outputs
+
 
 FLOW_ALIGN = ModelSpec("flow_align", (LR_WINDOW,), (FLOW, ALIGNED))
 GENERATOR = ModelSpec("generator", (LR_WINDOW, FLOW, ALIGNED), (SUBPIXELS,))
@@ -103,4 +113,99 @@ different weights apart; absent where a repository was exported by release 0.1.
 - ``weights_name``: the checkpoint's file name without suffix, such as ``mst_gan_pruned``.
 - ``precision``: of the generator that this config serves: ``fp32``, ``fp16`` or ``int8``.
 - ``version``: release of this project that exported it, such as ``0.2.0``.
+"""
+
+# The recurrent network: one frame and the state in, one frame and the state out.
+
+LR_FRAME = TensorSpec("lr_frame", "UINT8", (-1, -1, CHANNELS))
+"""The next frame of a sequence, RGB, 0..255."""
+STREAM_FLOW = TensorSpec("flow", "FP32", (2, -1, -1), stride=2)
+"""Displacement t->t-1 (x, y) in pixels of its own resolution."""
+STREAM_ALIGNED = TensorSpec("aligned", "UINT8", (CHANNELS + 1 + PHASES, -1, -1))
+"""t, RGB; t-1 warped to t, gray; 0..255. Then the neighbor residual of t-1, ``NEUTRAL`` = 0."""
+START_ROWS = TensorSpec("start_rows", "FP32", (-1,))
+"""1 where a sequence starts, else 0, as often as the state has rows; with ``START_COLUMNS``, its size.
+
+Triton's batcher compares the shapes of inputs, but not of states (core: ``SetConfiguredScheduler`` of
+``TritonModel`` collects ``config.input()``, ``InferenceRequest::LoadInputStates`` adds states only when a
+batch is executed), and NVIDIA's ONNX Runtime backend takes all of a batch to have the shapes of its first
+request (``ModelInstanceState::SetInputTensors``). A sequence that starts has a state of one pixel. In one
+batch with running sequences it would spoil their states, so these two keep states of other sizes apart.
+"""
+START_COLUMNS = TensorSpec("start_columns", "FP32", (-1,))
+"""See ``START_ROWS``."""
+START = TensorSpec("start", "FP32", (1,))
+"""Triton's START flag, as its sequence batcher hands it to a model."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What Triton keeps of a sequence from one request to the next (implicit state), one tensor per model."""
+
+    input: TensorSpec
+    output: TensorSpec
+    """Of the same type and dims."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec(ModelSpec):
+    """A composing model with a state. A sequence starts with a state of zeros, of one pixel."""
+
+    state: StateSpec
+    max_batch: int
+    starts: bool
+    """Whether the batcher hands it ``START``."""
+
+    @property
+    def graph_inputs(self) -> tuple[TensorSpec, ...]:
+        """The model's inputs, the state, and ``START`` where it is handed that."""
+        return (*self.inputs, self.state.input, *((START,) if self.starts else ()))
+
+    @property
+    def graph_outputs(self) -> tuple[TensorSpec, ...]:
+        """The model's outputs, and the next state."""
+        return (*self.outputs, self.state.output)
+
+
+def _state(name: str, dims: tuple[int, ...]) -> StateSpec:
+    return StateSpec(TensorSpec(name, "UINT8", dims), TensorSpec(f"next_{name}", "UINT8", dims))
+
+
+STATE_CHANNELS = 16 + PHASES  # features of the body, and the luma detail of the previous answer
+
+STREAM_ALIGN = StreamSpec(
+    "stream_align",
+    (LR_FRAME,),
+    (STREAM_FLOW, STREAM_ALIGNED, START_ROWS, START_COLUMNS),
+    state=_state("previous", (-1, -1, CHANNELS)),
+    max_batch=1,  # what it is given does not tell the state's size, so no two may meet
+    starts=True,
+)
+STREAM_GENERATOR = StreamSpec(
+    "stream_generator",
+    (STREAM_FLOW, STREAM_ALIGNED, START_ROWS, START_COLUMNS),
+    (SUBPIXELS,),
+    state=_state("state", (STATE_CHANNELS, -1, -1)),
+    max_batch=MAX_BATCH,
+    starts=False,  # it learns of starts from `stream_align`
+)
+STREAM_STAGES = (STREAM_ALIGN, STREAM_GENERATOR)
+"""Before ``PIXEL_SHUFFLE``, which windows and streams share."""
+STREAM_ENSEMBLE = ModelSpec("mst_gan_stream", (LR_FRAME,), (HR_FRAME,))
+
+MAX_IDLE_US = 60_000_000
+"""After so long without a frame Triton ends a sequence and frees its state."""
+SEQUENCES_PER_INSTANCE = 8
+"""States that an instance holds, of up to 32 MB each at 1280x720; further sequences wait."""
+STREAM_PARAMETERS = {
+    **{name: value for name, value in PARAMETERS.items() if name != "window"},
+    "lookahead": "0",
+    "warmup": "8",
+    "max_sequences": str(SEQUENCES_PER_INSTANCE * len(INSTANCE_GROUPS)),
+}
+"""What the streaming ensemble publishes.
+
+- ``lookahead``: frames after t that its answer needs.
+- ``warmup``: frames of a sequence after which its answers have their full quality.
+- ``max_sequences``: how many are held at a time.
 """

@@ -45,11 +45,11 @@ def build_toy_models(folder: Path) -> None:
         (spec.GENERATOR, *_generator()),
         (spec.PIXEL_SHUFFLE, *_pixel_shuffle()),
     ):
-        _save(
+        save_model(
             folder / f"{stage.name}.onnx",
             nodes,
-            [_value_info(tensor) for tensor in stage.inputs],
-            [_value_info(tensor) for tensor in stage.outputs],
+            [value_info(tensor) for tensor in stage.inputs],
+            [value_info(tensor) for tensor in stage.outputs],
             constants,
         )
 
@@ -67,7 +67,7 @@ def add_batch_witness(repository: Path) -> None:
         helper.make_node("Gather", ["shape", "first"], ["size"]),
         helper.make_node("Expand", ["size", "shape"], ["batch"]),
     ]
-    _save(
+    save_model(
         model / "1/model.onnx",
         nodes,
         [helper.make_tensor_value_info("anything", TensorProto.FLOAT, ["N", 1])],
@@ -109,7 +109,7 @@ def build_busy_repository(repository: Path) -> None:
         helper.make_node("Cast", ["sum"], ["nothing"], to=TensorProto.INT64),
         helper.make_node("Add", ["rounds", "nothing"], ["done"]),
     ]
-    _save(
+    save_model(
         model / "1/model.onnx",
         nodes,
         [helper.make_tensor_value_info("rounds", TensorProto.INT64, [1])],
@@ -118,13 +118,14 @@ def build_busy_repository(repository: Path) -> None:
     )
 
 
-def _save(
+def save_model(
     path: Path,
     nodes: list[onnx.NodeProto],
     inputs: list[onnx.ValueInfoProto],
     outputs: list[onnx.ValueInfoProto],
     constants: dict[str, Array],
 ) -> None:
+    """Check a graph and write it."""
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, path.stem, inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", spec.OPSET)], ir_version=8)
@@ -132,7 +133,8 @@ def _save(
     onnx.save(model, path)
 
 
-def _value_info(tensor: spec.TensorSpec) -> onnx.ValueInfoProto:
+def value_info(tensor: spec.TensorSpec) -> onnx.ValueInfoProto:
+    """Of any batch and size."""
     dims = ["N", *(f"{tensor.name}_{axis}" if d == -1 else d for axis, d in enumerate(tensor.dims))]
     return helper.make_tensor_value_info(tensor.name, ONNX_TYPES[tensor.dtype], dims)
 

@@ -243,6 +243,7 @@ def copy_backends(wheel: Path) -> Path:
         "python/triton_python_backend_utils.py": triton / "backends/python/triton_python_backend_utils.py",
         "python/triton_python_backend_stub": triton / STUBS / PYTHON / "triton_python_backend_stub",
         "onnxruntime/model.py": SHIM,
+        "onnxruntime/sequences.py": SHIM.with_name("sequences.py"),
     }
     digest = hashlib.sha256()
     for source in sources.values():

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.network.align import LEVELS, MULTIPLE, neighbor_residual
-from export.network.flow import GRAY_WEIGHTS, LucasKanade, grayscale, upsample_flow
+from export.network.flow import GRAY_WEIGHTS, LucasKanade, backward_warp, grayscale, upsample_flow
 from export.network.frames import to_uint8
 from export.network.generator import Generator
 from export.network.layers import BicubicSubpixels, PixelShuffle, ResidualBlock, conv3x3, zeroed
@@ -86,23 +86,6 @@ def round_through(x: Tensor, steps: float) -> Tensor:
     return x + ((x * steps).round() / steps - x).detach()
 
 
-def sample(image: Tensor, flow: Tensor) -> Tensor:
-    """Backward warp in positions of the flow, whatever the image's own size.
-
-    As ``backward_warp`` where both have one size. A state of one pixel, as a sequence may begin with, is that
-    pixel everywhere.
-    """
-    return _sample(image, flow, "bilinear")
-
-
-def _sample(image: Tensor, flow: Tensor, mode: str) -> Tensor:
-    height, width = flow.shape[-2:]
-    x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
-    y = torch.arange(height, device=flow.device, dtype=flow.dtype).unsqueeze(1) + flow[:, 1]
-    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
-    return F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=False)
-
-
 class StreamAlign(nn.Module):
     """Lucas-Kanade flow to the previous frame, and the previous frame's samples around it."""
 
@@ -110,29 +93,31 @@ class StreamAlign(nn.Module):
         super().__init__()
         self.flow_estimator = LucasKanade(frames=2)
 
-    def forward(self, lr_frame: Tensor, previous: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, lr_frame: Tensor, previous: Tensor, start: Tensor) -> tuple[Tensor, ...]:
         """Align one frame of each of N sequences.
 
         Args:
             lr_frame: (N, H, W, 3) uint8 RGB; H and W multiples of 4.
-            previous: state, the same of the frame before; any content, and any one of the shapes (N, H, W, 3)
-                and (N, 1, 1, 3), where a sequence starts.
+            previous: state, (N, h, w, 3) uint8: the frame before, scaled to H, W where it had another size.
+                At a start it has any content and size, such as one pixel.
             start: (N, 1) float32: 1 where a sequence starts, else 0.
 
         Returns:
             flow: (N, 2, H/2, W/2) float32.
             aligned: (N, 20, H, W) uint8, see ``ALIGNED_CHANNELS``.
+            start_rows: (N, h) float32, ``start`` for each row of the state, see ``spec.START_ROWS``.
+            start_columns: (N, w) float32, likewise.
             state: (N, H, W, 3) uint8: ``lr_frame``.
         """
         frame = _image(lr_frame)
         gray = grayscale(frame)
-        # Sampled, not broadcast: graphs may then give the state sides of its own, of one pixel at a start.
-        before = _sample(grayscale(_image(previous)), torch.zeros_like(frame[:, :2]), "nearest")
+        before = grayscale(_image(_enlarged(previous.permute(0, 3, 1, 2), gray).permute(0, 2, 3, 1)))
         before = torch.where(start.view(-1, 1, 1, 1) > 0, gray, before)
         flow, warped, samples = self._compare(gray, before)
         samples = (NEUTRAL + samples).round().to(torch.uint8)
         aligned = torch.cat((lr_frame.permute(0, 3, 1, 2), to_uint8(warped), samples), dim=1)
-        return flow, aligned, lr_frame.clone()
+        rows, columns = (start.expand(-1, side) for side in previous.shape[1:3])
+        return flow, aligned, rows, columns, lr_frame.clone()
 
     def align(self, frames: Tensor, before: Tensor) -> Aligned:
         """As ``forward``, from two (N, 3, H, W) float32 frames, 0..1; rounded alike."""
@@ -143,7 +128,7 @@ class StreamAlign(nn.Module):
     def _compare(self, gray: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flow = self._flow(torch.cat((gray, before), dim=1))
         full = upsample_flow(flow)
-        return flow, sample(before, full), neighbor_residual(gray, before, full)
+        return flow, backward_warp(before, full), neighbor_residual(gray, before, full)
 
     def _flow(self, pair: Tensor) -> Tensor:
         """(N, 2, H, W) gray frames, the new one and the one before -> (N, 2, H/2, W/2)."""
@@ -173,22 +158,26 @@ class StreamGenerator(nn.Module):
         nn.init.constant_(_bias(self.gate), math.log(FIRST_GATE / (MAX_GATE - FIRST_GATE)) / GATE_SLOPE)
         self.skip = BicubicSubpixels(CHANNELS, SCALE)
 
-    def forward(self, flow: Tensor, aligned: Tensor, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, flow: Tensor, aligned: Tensor, start_rows: Tensor, start_columns: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Generate one hr frame of each of N sequences.
 
         Args:
             flow: (N, 2, H/2, W/2) float32, from `StreamAlign`.
             aligned: (N, 20, H, W) uint8, likewise.
-            state: (N, 32, H, W) uint8, ``NEUTRAL`` = 0; any content, and (N, 32, 1, 1) too, at a start.
-            start: (N, 1) float32: 1 where a sequence starts, else 0.
+            start_rows: (N, h) float32, likewise.
+            start_columns: (N, w) float32, likewise.
+            state: (N, 32, h, w) uint8, ``NEUTRAL`` = 0; any content and size at a start.
 
         Returns:
             subpixels: (N, 48, H, W) uint8.
             state: (N, 32, H, W) uint8.
         """
-        centered = torch.where(start.view(-1, 1, 1, 1) > 0, NEUTRAL, state).float() - NEUTRAL
-        features, detail = centered.split((self.widths.features, PHASES), dim=1)
-        old = State(features / BYTE_HALF, detail / 255)
+        start = start_rows[:, :1] * start_columns[:, :1]
+        state = _enlarged(state, aligned).float() / 255 - NEUTRAL / 255
+        features, detail = state.split((self.widths.features, PHASES), dim=1)
+        old = State(features * (255 / BYTE_HALF), detail)
         answer, x, bicubic = self._generate(Aligned(flow, aligned.float() / 255), old, start)
         subpixels = to_uint8(answer)
         features, detail = self._state(x, subpixels.float() / 255, bicubic)
@@ -196,8 +185,9 @@ class StreamGenerator(nn.Module):
         return subpixels, (NEUTRAL + centered).round().to(torch.uint8)
 
     def start(self, n: int, like: Tensor) -> State:
-        """The state before a first frame, of one pixel."""
-        return State(like.new_zeros(n, self.widths.features, 1, 1), like.new_zeros(n, PHASES, 1, 1))
+        """The state before a first frame, in the size of an image."""
+        side = like.shape[-2:]
+        return State(like.new_zeros(n, self.widths.features, *side), like.new_zeros(n, PHASES, *side))
 
     def step(self, aligned: Aligned, state: State, start: Tensor) -> tuple[Tensor, State]:
         """As ``forward``, in floating point: gradients pass through the rounding of answer and state.
@@ -216,25 +206,31 @@ class StreamGenerator(nn.Module):
         flow = upsample_flow(aligned.flow)
         hr_flow = SCALE * F.interpolate(flow, scale_factor=float(SCALE), mode="bilinear", align_corners=False)
         fits = self._fits(frame, warped) * (1 - start.view(-1, 1, 1, 1))
-        features = fits * sample(state.features, flow)
-        hr_detail = sample(F.pixel_shuffle(state.detail, SCALE), hr_flow)
+        features = fits * backward_warp(state.features, flow)
+        hr_detail = backward_warp(F.pixel_shuffle(state.detail, SCALE), hr_flow)
         detail = fits * F.pixel_unshuffle(hr_detail, SCALE)
 
         local = F.relu(self.stem(torch.cat((aligned.image - NEUTRAL / 255, detail), dim=1)))
         x = self.body(F.relu(self.fuse(torch.cat((local, features), dim=1))))
-        residual = self.head(x).unflatten(1, (CHANNELS, PHASES))
+        residual = self.head(x)
         # As in a Kalman filter: a share of what the previous answer knew in place of what this frame tells.
         gate = MAX_GATE * fits * torch.sigmoid(GATE_SLOPE * self.gate(x))
-        own = grayscale(residual.transpose(1, 2)).squeeze(2)
-        residual = residual + (gate * (detail - own)).unsqueeze(1)
+        known = gate * (detail - self._gray(residual))
+        residual = residual.unflatten(1, (CHANNELS, PHASES)) + known.unsqueeze(1)
         bicubic = self.skip(frame)
         return residual.flatten(1, 2) + bicubic, x, bicubic
 
     def _state(self, x: Tensor, served: Tensor, bicubic: Tensor) -> State:
         """The state after an answer as served, not rounded."""
         features = (x[:, : self.widths.features] / FEATURE_RANGE).clamp(-1, 1)
-        detail = grayscale((served - bicubic).unflatten(1, (CHANNELS, PHASES)).transpose(1, 2)).squeeze(2)
+        detail = self._gray(served - bicubic)
         return State(features, detail.clamp(-BYTE_HALF / 255, BYTE_HALF / 255))
+
+    @staticmethod
+    def _gray(subpixels: Tensor) -> Tensor:
+        """(N, 48, H, W) -> (N, 16, H, W)."""
+        red, green, blue = subpixels.split(PHASES, dim=1)
+        return GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
 
     @staticmethod
     def _fits(frame: Tensor, warped: Tensor) -> Tensor:
@@ -257,8 +253,8 @@ class StreamNetwork(nn.Module):
 
     def forward(self, lr_frame: Tensor, previous: Tensor, state: Tensor, start: Tensor) -> tuple[Tensor, ...]:
         """One frame of each of N sequences, as served: hr frame and both states; see the stages."""
-        flow, aligned, previous = self.stream_align(lr_frame, previous, start)
-        subpixels, state = self.stream_generator(flow, aligned, state, start)
+        flow, aligned, rows, columns, previous = self.stream_align(lr_frame, previous, start)
+        subpixels, state = self.stream_generator(flow, aligned, rows, columns, state)
         return self.pixel_shuffle(subpixels), previous, state
 
     def first_state(self, n: int) -> tuple[Tensor, Tensor]:
@@ -330,3 +326,8 @@ def _bias(convolution: nn.Conv2d) -> Tensor:
 
 def _image(frame: Tensor) -> Tensor:
     return frame.permute(0, 3, 1, 2).float() / 255
+
+
+def _enlarged(state: Tensor, like: Tensor) -> Tensor:
+    """(N, C, h, w) in the size of an image: a state has its own size where a sequence starts."""
+    return F.interpolate(state, size=like.shape[-2:], mode="nearest")

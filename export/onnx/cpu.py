@@ -304,7 +304,8 @@ def _check_rewritten(graph: onnx.GraphProto) -> None:
         attributes = _attributes(node)
         source = producers.get(node.input[0]) if node.input else None
         slow = (
-            node.op_type in ("GridSample", "DepthToSpace")
+            node.op_type == "GridSample"
+            or (node.op_type == "DepthToSpace" and attributes.get("blocksize") == SHUFFLE)
             or (node.op_type == "Cast" and TensorProto.UINT8 in (attributes["to"], types.get(node.input[0])))
             or (
                 node.op_type == "Conv"

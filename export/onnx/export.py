@@ -25,6 +25,8 @@ EXAMPLE_SIZE = (
     132,
 )  # lr; odd multiples of 4, so that odd levels are traced; no level of 1 px
 
+TORCH_TYPES = {"UINT8": torch.uint8, "FP16": torch.float16, "FP32": torch.float32}
+
 
 def export_onnx(network: MstGan, folder: Path) -> dict[str, Path]:
     """Write the three stages of a network.
@@ -43,9 +45,8 @@ def export_onnx(network: MstGan, folder: Path) -> dict[str, Path]:
 
 def export_stage(module: nn.Module, stage: spec.ModelSpec, path: Path) -> None:
     """Write one stage."""
-    torch_types = {"UINT8": torch.uint8, "FP16": torch.float16, "FP32": torch.float32}
     example = tuple(
-        torch.zeros(tensor.shape(EXAMPLE_BATCH, EXAMPLE_SIZE), dtype=torch_types[tensor.dtype])
+        torch.zeros(tensor.shape(EXAMPLE_BATCH, EXAMPLE_SIZE), dtype=TORCH_TYPES[tensor.dtype])
         for tensor in stage.inputs
     )
     with warnings.catch_warnings():
@@ -63,10 +64,10 @@ def export_stage(module: nn.Module, stage: spec.ModelSpec, path: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    _forget_source(path)
+    forget_source(path)
 
 
-def _forget_source(path: Path) -> None:
+def forget_source(path: Path) -> None:
     """Drop torch's notes on each node: stack traces with paths of this machine, other in every checkout.
 
     Without them the same weights give the same bytes, which is how later conversions know their parent.

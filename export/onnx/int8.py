@@ -74,10 +74,12 @@ def calibrate(model: onnx.ModelProto, feeds: Iterable[Feeds]) -> TensorsData:
                 calibrator.collect_data(_OneFeed(feed))
             ranges = calibrator.compute_data()
     constants = scalars(model.graph)
+    neutrals = {spec.LR_WINDOW.name: 0.0, spec.ALIGNED.name: 0.0}  # of images: the byte that stands for zero
     for node in image_nodes(model.graph):
-        neutral = spec.NEUTRAL if node.op_type == "Sub" else 0.0
+        neutral = spec.NEUTRAL if node.op_type == "Sub" else neutrals[node.input[0]]
         if node.op_type == "DequantizeLinear":
             neutral = constants[node.input[2]]
+        neutrals |= dict.fromkeys(node.output, neutral)
         low = np.float32(0 - neutral / 255)
         for name in ranges.data.keys() & set(node.output):
             ranges[name] = TensorData(lowest=low, highest=low + np.float32(1))

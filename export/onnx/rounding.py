@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from export.network import Generator
 from export.network.layers import convolutions
 
 DAMPING = 0.01
@@ -42,13 +41,13 @@ class _Moments:
 
 
 def rounded_weights(
-    generator: Generator, windows: Iterable[Sequence[Tensor]], level: int
+    generator: nn.Module, windows: Iterable[Sequence[Tensor]], level: int
 ) -> dict[str, Tensor]:
     """Round the weights of every convolution.
 
     Args:
         generator: the network.
-        windows: what it is given, see ``Generator.forward``, to learn what each layer sees.
+        windows: what its ``forward`` is given, to learn what each layer sees.
         level: the largest integer of the grid, which each filter's largest weight lies on.
 
     Returns:

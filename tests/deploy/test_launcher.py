@@ -107,6 +107,7 @@ def test_servers_that_start_together_share_one_complete_folder(
     assert sorted(path.name for path in folder.glob("*/*")) == [
         "libtriton_python.so",
         "model.py",
+        "sequences.py",
         "triton_python_backend_stub",
         "triton_python_backend_utils.py",
     ]

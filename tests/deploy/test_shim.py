@@ -66,6 +66,8 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     utils.TritonError = type("TritonError", (Exception,), {"INVALID_ARG": 3})  # type: ignore[attr-defined]
     utils.TritonModelException = type("TritonModelException", (Exception,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    monkeypatch.syspath_prepend(SHIM.parent)  # as the server's stub does
+    monkeypatch.delitem(sys.modules, "sequences", raising=False)
     Logger.lines.clear()
     spec = importlib.util.spec_from_file_location("shim_under_test", SHIM)
     assert spec is not None and spec.loader is not None

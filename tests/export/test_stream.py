@@ -4,26 +4,35 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
+from google.protobuf import text_format
 from torch import Tensor
-from torch.export import Dim
+from tritonclient.grpc import model_config_pb2 as pb
 
 from export import spec
-from export.checkpoint import load_checkpoint, load_stream_checkpoint
+from export.__main__ import main
+from export.checkpoint import load_checkpoint, load_stream_checkpoint, save_checkpoint
+from export.data import sample
+from export.errors import ExportError
+from export.model_config import FP32, INT8
 from export.network import STUDENT, MstGan, Widths, stream
-from export.network.flow import backward_warp
 from export.network.frames import to_uint8
 from export.network.layers import BicubicSubpixels, PixelShuffle
 from export.network.stream import (
     MAX_GATE,
     STREAM,
+    STREAM_WIDTHS,
     StreamNetwork,
     StreamWidths,
     count_stream,
     from_window_network,
 )
+from export.onnx.stream import StreamRunner
+from export.repository import parent_digest, sha256, stage_path, write_configs
+from export.verify import sequences
+from export.verify.compare import Report, psnr_db
 
 CHECKPOINTS = Path(__file__).parents[2] / "export" / "checkpoints"
 UNFINISHED = CHECKPOINTS / "unfinished" / "stream.safetensors"
@@ -35,7 +44,7 @@ KNOWN_OPERATORS = {
 }  # fmt: skip
 """TensorRT has all of them."""
 BICUBIC = BicubicSubpixels(3, spec.SCALE)
-TINY_STREAM = StreamWidths(name="tiny_stream", body=16, inner=(8,), features=8)
+TINY_STREAM = StreamWidths(name="tiny_stream", body=16, inner=(8,), features=16)
 
 
 def shaken(widths: StreamWidths = TINY_STREAM, std: float = 0.05) -> StreamNetwork:
@@ -169,15 +178,6 @@ def test_training_computes_what_is_served(size: tuple[int, int]) -> None:
             assert (difference > 0).float().mean() < 0.01
 
 
-def test_sampling_is_backward_warping() -> None:
-    from export.network.stream import sample
-
-    torch.manual_seed(0)
-    image, flow = torch.rand(2, 3, 12, 20), 4 * torch.randn(2, 2, 12, 20)
-    assert torch.equal(sample(image, flow), backward_warp(image, flow))
-    assert torch.allclose(sample(image[:, :, :1, :1], flow), image[:, :, :1, :1].expand(-1, -1, 12, 20))
-
-
 def hard_scenes(frames: int) -> Tensor:
     """(T, 3, 16, 16, 3) uint8: noise that never repeats, a still, and the still with a flash now and then."""
     noise = torch.Generator().manual_seed(0)
@@ -225,46 +225,89 @@ def test_the_direct_loop_forgets() -> None:
     assert MAX_GATE < 1
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_export_agrees_over_a_sequence_that_begins_with_a_state_of_one_pixel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream, "LEVELS", 1)  # of the flow's pyramid: each takes the exporter seconds
-    network = shaken()
-    frame, previous = torch.zeros(2, 1, 32, 48, 3, dtype=torch.uint8)
-    state, start = torch.zeros(1, TINY_STREAM.state, 32, 48, dtype=torch.uint8), torch.zeros(1, 1)
-    # The states' sides are their own: ONNX Runtime shares memory between tensors whose sides have one name.
-    # The frame's are fixed here, which saves the exporter most of its time.
-    (top, left), (high, wide) = ([Dim(f"{name}_{side}", min=2, max=2048) for side in "hw"] for name in "ps")
-    shapes = None, {1: top, 2: left}, {2: high, 3: wide}, None
-    torch.onnx.export(
-        network,
-        (frame, previous, state, start),
-        tmp_path / "stream.onnx",
-        input_names=["lr_frame", "previous", "state", "start"],
-        output_names=["hr_frame", "next_previous", "next_state"],
-        opset_version=spec.OPSET,
-        dynamic_shapes=shapes,
-        external_data=False,
-        dynamo=True,
-        verbose=False,
-    )
-    operators = {node.op_type for node in onnx.load(tmp_path / "stream.onnx").graph.node}
-    assert operators <= KNOWN_OPERATORS, operators - KNOWN_OPERATORS
-    session = onnxruntime.InferenceSession(tmp_path / "stream.onnx", providers=["CPUExecutionProvider"])
-    frames = moving_scene(5)
-    expected = run(network, frames, resets=(3,))
-    before, kept = (tensor.numpy() for tensor in network.first_state(1))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository that ``build-stream`` has filled, and its work folder."""
+    folder = tmp_path_factory.mktemp("stream")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "LEVELS", 1)  # of the flow's pyramid: each takes the exporter seconds
+        patch.setattr(sequences, "FRAMES", 12)
+        patch.setattr(sample, "CALIBRATION_CLIPS", (sample.CLIP,))
+        patch.setitem(STREAM_WIDTHS, TINY_STREAM.name, TINY_STREAM)
+        save_checkpoint(shaken(), folder / "tiny.safetensors", {})
+        arguments = ["--checkpoint", folder / "tiny.safetensors", "--repository", folder / "models"]
+        command = ["build-stream", *arguments, "--build", folder / "build"]
+        result = CliRunner().invoke(main, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def stages(built: Path, precision: str = FP32) -> dict[str, Path]:
+    chosen = {stage.name: stage_path(built / "build", stage, precision) for stage in spec.STREAM_STAGES}
+    return {**chosen, spec.PIXEL_SHUFFLE.name: stage_path(built / "build", spec.PIXEL_SHUFFLE)}
+
+
+def test_exported_stages_agree_frame_by_frame(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence starts with a state of one pixel, the second with anything else."""
+    monkeypatch.setattr(stream, "LEVELS", 1)
+    frames = moving_scene(6)
+    expected = run(shaken(), frames, resets=(3,))
+    runner = StreamRunner(stages(built))
     for t, lr in enumerate(frames):
-        if t == 3:  # as Triton hands it in: one pixel of anything
-            before, kept = before[:, :1, :1] + 3, kept[:, :, :1, :1] + 5
-        starts = np.full((1, 1), float(t in (0, 3)), np.float32)
-        inputs = {"lr_frame": lr[None].numpy(), "previous": before, "state": kept, "start": starts}
-        hr, before, kept = session.run(None, inputs)
-        difference = (torch.from_numpy(hr[0]).int() - expected[t].int()).abs()
+        if t == 3:
+            runner.reset()
+        difference = np.abs(runner.upscale(lr.numpy()).astype(int) - expected[t].numpy())
         assert difference.max() <= 2
-        assert (difference > 0).float().mean() < 0.02
+        assert (difference > 0).mean() < 0.02
+
+
+def test_tensorrt_has_every_operator(built: Path) -> None:
+    for path in stages(built).values():
+        operators = {node.op_type for node in onnx.load(path).graph.node}
+        assert operators <= KNOWN_OPERATORS, operators - KNOWN_OPERATORS
+
+
+def test_int8_has_its_convolutions_in_8_bits_and_the_answers_of_fp32(built: Path) -> None:
+    path = stages(built, INT8)[spec.STREAM_GENERATOR.name]
+    model = onnx.load(path)
+    made = {output: node for node in model.graph.node for output in node.output}
+    layers = [node for node in model.graph.node if node.op_type == "Conv"]
+    in_8_bits = [made[n.input[1]].op_type == "DequantizeLinear" for n in layers if n.input[1] in made]
+    assert sum(in_8_bits) == 5  # stem, fuse, two of the block, head
+    assert parent_digest(path) == sha256(stages(built)[spec.STREAM_GENERATOR.name])
+    runners = [StreamRunner(stages(built, precision)) for precision in (FP32, INT8)]
+    for lr in moving_scene(12):
+        fp32, int8 = (runner.upscale(lr.numpy()) for runner in runners)
+        assert psnr_db(int8, fp32, peak=255) > 35
+
+
+def test_the_repository_has_all_of_the_ensemble(built: Path) -> None:
+    models = built / "models"
+    for stage in (*spec.STREAM_STAGES, spec.PIXEL_SHUFFLE):
+        precision = INT8 if stage in spec.STREAM_STAGES else FP32
+        served = models / stage.name / "1" / "model.onnx"
+        assert served.read_bytes() == stage_path(built / "build", stage, precision).read_bytes()
+    text = (models / spec.STREAM_ENSEMBLE.name / "config.pbtxt").read_text()
+    config = text_format.Parse(text, pb.ModelConfig())
+    assert [step.model_name for step in config.ensemble_scheduling.step] == [
+        "stream_align", "stream_generator", "pixel_shuffle",
+    ]  # fmt: skip
+    published = {name: value.string_value for name, value in config.parameters.items()}
+    assert published["weights_name"] == "tiny" and published["precision"] == "int8"
+    write_configs(models)  # which keeps what is published
+    assert (models / spec.STREAM_ENSEMBLE.name / "config.pbtxt").read_text() == text
+
+
+def test_a_precision_that_costs_too_much_is_not_installed(built: Path, tmp_path: Path) -> None:
+    """An INT8 generator of other weights stands for one that went wrong."""
+    wrong = {**stages(built, INT8), spec.STREAM_GENERATOR.name: stages(built)[spec.STREAM_GENERATOR.name]}
+    model = onnx.load(wrong[spec.STREAM_GENERATOR.name])
+    head = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
+    head.CopyFrom(onnx.numpy_helper.from_array(-8 * onnx.numpy_helper.to_array(head), head.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    wrong[spec.STREAM_GENERATOR.name] = tmp_path / "wrong.onnx"
+    with pytest.raises(ExportError, match=r"loses .* dB \(at most 0.1\\). Nothing was installed"):
+        Report(tmp_path).check("precisions", [sequences.compare_precision(INT8, wrong, stages(built))])
 
 
 def test_start_from_the_committed_student() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
+from sequences import Sequences
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
@@ -52,6 +53,8 @@ TRITON_TYPES = {
 
 CPU_PROVIDER = "CPUExecutionProvider"
 QUEUE_SIZE = 1000  # messages; the Python backend's default
+CHANGED = "expected frames of one size in a sequence, found another; begin a new one with START"
+GONE = "the state of this sequence is gone, after an error or a long pause; begin a new one with START"
 GPU_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -178,7 +181,9 @@ class TritonPythonModel:
         # What reading the file took is as large as the weights, and would be kept for later.
         ctypes.CDLL(None).malloc_trim(0)
         check_signature(config, self.session)
+        self.sequences = Sequences(config, args["model_instance_name"])
         self.outputs = [output["name"] for output in config["output"]]
+        self.fetched = [*self.outputs, *self.sequences.outputs]
         self.one_by_one = self.batches and self.session.get_providers()[0] == CPU_PROVIDER
         self.multiple_of = int(config["parameters"].get("multiple_of", {"string_value": "1"})["string_value"])
         self.frames = config["input"][0]
@@ -195,6 +200,11 @@ class TritonPythonModel:
     def _answer_all(self, requests: Sequence[Any]) -> list[Any]:
         feeds = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
         answers = [self._refusal(feed) for feed in feeds]
+        for index, request in enumerate(requests):
+            before = self.sequences.states(request)
+            feeds[index].update(before or {})
+            if before is None:
+                answers[index] = _refused(f"{self.name}: {GONE}")
         # The dynamic batcher only brings equal shapes together. A model without a batch axis never shares.
         shares = self.batches and not self.one_by_one
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -203,9 +213,14 @@ class TritonPythonModel:
                 key = tuple((name, array.shape[1:]) for name, array in sorted(feed.items()))
                 groups.setdefault(key if shares else (index,), []).append(index)
 
+        states: dict[int, Feeds | None] = {}
         for members in groups.values():
-            for index, answer in zip(members, self._answer([feeds[i] for i in members]), strict=True):
-                answers[index] = answer
+            answered = self._answer([feeds[index] for index in members])
+            for index, (answer, after) in zip(members, answered, strict=True):
+                answers[index], states[index] = answer, after
+        for index, request in enumerate(requests):
+            if not self.sequences.keep(request, states.get(index)):
+                answers[index] = _refused(f"{self.name}: {CHANGED}")
         return answers
 
     def _refusal(self, feed: Feeds) -> Any | None:
@@ -219,10 +234,13 @@ class TritonPythonModel:
             f"{self.name}: expected height and width of {name} in multiples of {self.multiple_of}, found "
             f"{'x'.join(map(str, sides))}: pad the frames, repeating their edges, and crop the answer"
         )
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
+        return _refused(text)
 
-    def _answer(self, feeds: Sequence[Feeds]) -> list[Any]:
-        """Responses to requests of one shape; when their common run fails, each gets a run of its own."""
+    def _answer(self, feeds: Sequence[Feeds]) -> list[tuple[Any, Feeds | None]]:
+        """Responses to requests of one shape, and the states after them, none after an error.
+
+        When their common run fails, each gets a run of its own.
+        """
         try:
             results = self._run(feeds)
         except Exception as err:  # whatever goes wrong is the answer to this request, not the server's end
@@ -230,13 +248,13 @@ class TritonPythonModel:
                 return [answer for feed in feeds for answer in self._answer([feed])]
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds[0].items())
             error = pb_utils.TritonError(f"{self.name} failed on {shapes}: {err}")
-            return [pb_utils.InferenceResponse(error=error)]
-        return [
-            pb_utils.InferenceResponse(
-                [pb_utils.Tensor(*named) for named in zip(self.outputs, arrays, strict=True)]
-            )
-            for arrays in results
-        ]
+            return [(pb_utils.InferenceResponse(error=error), None)]
+        answers: list[tuple[Any, Feeds | None]] = []
+        for arrays in results:
+            tensors = [pb_utils.Tensor(*named) for named in zip(self.outputs, arrays, strict=False)]
+            after = dict(zip(self.sequences.inputs, arrays[len(self.outputs) :], strict=True))
+            answers.append((pb_utils.InferenceResponse(tensors), after))
+        return answers
 
     def _run(self, feeds: Sequence[Feeds]) -> list[list[Array]]:
         """One run for all feeds; result per feed, per output, as views where the run was shared."""
@@ -245,7 +263,7 @@ class TritonPythonModel:
         joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
         sizes = [len(next(iter(feed.values()))) for feed in feeds]
         arrays = self._run_at_once(joined)
-        for name, array in zip(self.outputs, arrays, strict=True):
+        for name, array in zip(self.fetched, arrays, strict=True):
             if len(array) != sum(sizes):
                 raise ValueError(f"output {name} has batch {len(array)} after a run of batch {sum(sizes)}")
         splits = [np.split(array, np.cumsum(sizes)[:-1]) for array in arrays]
@@ -262,8 +280,12 @@ class TritonPythonModel:
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
     def _run_at_once(self, feed: Feeds) -> list[Array]:
-        arrays: list[Array] = self.session.run(self.outputs, feed)
+        arrays: list[Array] = self.session.run(self.fetched, feed)
         return arrays
+
+
+def _refused(text: str) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
 
 
 def session_options(config: Mapping[str, Any], cores: int) -> ort.SessionOptions:
@@ -330,12 +352,25 @@ def execution_providers(config: Mapping[str, Any], kind: str, device_id: str) ->
 def check_signature(config: Mapping[str, Any], session: ort.InferenceSession) -> None:
     """Refuse a configuration whose tensors are not those of the ONNX file.
 
-    As in the native backend, inputs must be the same set, outputs may be left out, and an axis that the graph
-    leaves open fits any configured size.
+    As in the native backend, inputs must be the same set, with states and controls of sequences among them,
+    outputs may be left out, and an axis that the graph leaves open fits any configured size.
     """
     batch_axis = [-1] if config["max_batch_size"] > 0 else []
+    batching = config.get("sequence_batching") or {}
+    states = batching.get("state", [])
+    configured = {
+        kind: [*config[kind], *({**state, "name": state[f"{kind}_name"]} for state in states)]
+        for kind in ("input", "output")
+    }
+    controls = [
+        {"name": tensor["name"], "data_type": "TYPE_FP32", "dims": [1]}
+        for tensor in batching.get("control_input", [])
+    ]
+    configured["input"] += controls
     for kind, nodes in (("input", session.get_inputs()), ("output", session.get_outputs())):
-        wanted = {t["name"]: (t["data_type"], batch_axis + [int(d) for d in t["dims"]]) for t in config[kind]}
+        wanted = {
+            t["name"]: (t["data_type"], batch_axis + [int(d) for d in t["dims"]]) for t in configured[kind]
+        }
         found = {
             node.name: (
                 TRITON_TYPES.get(node.type, node.type),
