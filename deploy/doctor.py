@@ -11,21 +11,25 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
 
 import click
 import numpy as np
-import tritonclient.grpc as triton
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
-from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+from tritonclient.utils import triton_to_np_dtype
 
 from deploy.embedded.launcher import LaunchError, check_packages, find_libpython, find_wheel
+from deploy.finding import Finding
+from deploy.servers import check_servers, check_version
 from export import spec
+from export.errors import ExportError
 from export.model_config import plan_file
+from export.repository import VERSION, check_onnx
 from export.tensorrt.gpus import compute_capabilities
+from mst_gan_client.serving.security import Security
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY = ROOT / "model_repository"
@@ -33,31 +37,6 @@ MB = 2**20
 CUDA_POOL, PINNED_POOL = 64 * MB, 256 * MB  # Triton's defaults
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 EMBEDDED = "2.51.0"  # the Triton of nvidia-pytriton 0.7.0
-# By Triton's version. Each release has the fixes of those before it, and an older one lacks them.
-SECURITY_FIXES = {
-    (2, 66): "5816 (26.02)",
-    (2, 67): "5828, critical (26.03)",
-    (2, 68): "5848 (26.04)",
-    (2, 69): "5853 (26.05)",
-    (2, 70): "5865, critical (26.06)",
-    (2, 71): "5875 (26.07)",
-}
-"""Security bulletin of NVIDIA, and the release of its image."""
-CLIENT_SHM_FLAG_FROM = (2, 68)
-"""From here on clients may use shared memory only with --allow-client-shm; before, always, without a flag."""
-LEVELS = ("ok", "warn", "error")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    level: str
-    """One of ``LEVELS``."""
-    check: str
-    text: str
-    fix: str = ""
-    """Flag or command; empty where nothing is to be done."""
 
 
 def frame_bytes(tensors: Sequence[spec.TensorSpec], lr_size: spec.Size) -> int:
@@ -113,42 +92,14 @@ def check_pools(lr_size: spec.Size, gpus: Sequence[str]) -> Iterator[Finding]:
             yield Finding("warn", name, f"{text}: the rest goes through the host", flag.format(size))
 
 
-def check_server(url: str | None) -> Iterator[Finding]:
-    """Version of a running server, or of the embedded one: security fixes, and shared memory for clients."""
-    if url is None:
-        try:
-            find_wheel()
-        except LaunchError as err:
-            yield Finding("error", "server", str(err), "make setup")
-            return
-        version, where = EMBEDDED, "the embedded server"
-    else:
-        try:
-            with triton.InferenceServerClient(url) as client:
-                version, where = client.get_server_metadata(client_timeout=10).version, url
-        except InferenceServerException as err:
-            text = f"expected a Triton server at {url}, found none ({err.message()})"
-            yield Finding("error", "server", text, "make serve, or --url host:port of its gRPC")
-            return
-    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-    lacking = [bulletin for since, bulletin in SECURITY_FIXES.items() if found < since]
-    server = f"Triton {version}, {where}"
-    if lacking:
-        yield Finding(
-            "warn", "server", f"{server}: lacks the fixes of security bulletins {'; '.join(lacking)}",
-            "use nvcr.io/nvidia/tritonserver:26.07-py3 or newer where others can reach the server",
-        )  # fmt: skip
-    else:
-        yield Finding("ok", "server", f"{server}: has all known security fixes up to 26.07")
-
-    if found < CLIENT_SHM_FLAG_FROM:
-        yield Finding("ok", "client memory", "clients on this machine may use shared memory")
-    else:
-        yield Finding(
-            "warn", "client memory", "clients may use shared memory only if the server was started so",
-            "--allow-client-shm=true, if client and server share this machine and trust each other",
-        )  # fmt: skip
+def check_embedded() -> Iterator[Finding]:
+    """Version of the embedded server."""
+    try:
+        find_wheel()
+    except LaunchError as err:
+        yield Finding("error", "server", str(err), "make setup")
+        return
+    yield from check_version(EMBEDDED, "the embedded server")
 
 
 def check_stub() -> Iterator[Finding]:
@@ -166,7 +117,17 @@ def check_stub() -> Iterator[Finding]:
 
 
 def check_repository(repository: Path = REPOSITORY) -> Iterator[Finding]:
-    """Whether the file that each configuration names exists, and which precision is served by default."""
+    """Whether a repository is whole, and which precision is served by default."""
+    parts = sorted(repository.glob("*/*/*.part")) + sorted(repository.glob("*/*.part"))
+    if parts:
+        text = f"an export ended before it was done: {', '.join(str(path) for path in parts)}"
+        yield Finding("error", "repository", text, "make export")
+    ensemble = repository / spec.ENSEMBLE.name
+    if not (ensemble / "config.pbtxt").is_file():
+        yield Finding("error", spec.ENSEMBLE.name, f"{ensemble / 'config.pbtxt'} is missing", "make export")
+    elif not (ensemble / VERSION).is_dir():
+        text = f"the folder {ensemble / VERSION} is missing; Triton wants one even of an ensemble"
+        yield Finding("error", spec.ENSEMBLE.name, text, "make configs")
     for stage in spec.STAGES:
         folder = repository / stage.name
         try:
@@ -174,17 +135,25 @@ def check_repository(repository: Path = REPOSITORY) -> Iterator[Finding]:
         except (OSError, text_format.ParseError) as err:
             yield Finding("error", stage.name, f"no readable config.pbtxt: {err}", "make configs")
             continue
-        model = folder / "1" / config.default_model_filename
+        model = folder / VERSION / config.default_model_filename
+        if not model.parent.is_dir():
+            yield Finding("error", stage.name, f"the folder {model.parent} is missing", "make export")
+            continue
         if not model.is_file():
             yield Finding("error", stage.name, f"{model} is missing", "make export")
             continue
+        try:
+            check_onnx(model, stage)
+        except ExportError as err:
+            yield Finding("error", stage.name, str(err), "make export")
+            continue
         others = {
-            path.stem: any((folder / "1" / name).is_file() for name in _files_of(path))
+            path.stem: any((folder / VERSION / name).is_file() for name in _files_of(path))
             for path in sorted((folder / "configs").glob("*.pbtxt"))
         }
         ready = [name for name, there in others.items() if there]
         same = [
-            path.name for path in sorted((folder / "1").glob("model.*.onnx"))
+            path.name for path in sorted((folder / VERSION).glob("model.*.onnx"))
             if path.stat().st_size == model.stat().st_size and path.read_bytes() == model.read_bytes()
         ]  # fmt: skip
         text = f"serves {model.name}{f' = {same[0]}' if same else ''}"
@@ -263,16 +232,16 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     )  # fmt: skip
 
 
-def examine(lr_size: spec.Size, url: str | None) -> list[Finding]:
-    """All checks of this machine."""
+def examine(lr_size: spec.Size, urls: Sequence[str], security: Security, metrics_port: int) -> list[Finding]:
+    """All checks of this machine, and of running servers; see ``check_servers``."""
     gpus = compute_capabilities()
     tensorrt = metadata.version("tensorrt") if util.find_spec("tensorrt") else None
     return [
         Finding("ok", "GPU", f"compute capability {', '.join(gpus)}" if gpus else "none; the CPU serves"),
         check_cpu(),
         *check_stub(),
-        *check_server(url),
-        *([] if url else check_ports()),  # a running server has them
+        *(check_servers(urls, security, metrics_port) if urls else check_embedded()),
+        *([] if urls else check_ports()),  # a running server has them
         *check_repository(),
         *check_plans(gpus, tensorrt=tensorrt),
         check_shm(lr_size),
@@ -311,11 +280,19 @@ def _files_of(config: Path) -> list[str]:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--size", default="1280x720", callback=parse_size, help="Frames to be sent, WIDTHxHEIGHT.")
-@click.option("--url", help="gRPC address of a running server, to ask for its version.")
+@click.option("--url", metavar="A,B,...", help="gRPC addresses of running servers, to check them too.")
+@click.option("--metrics-port", default=PORTS["metrics"], help="Of these servers; 0: do not look.")
+@click.option(
+    "--tls-ca", type=click.Path(path_type=Path), help="Authorities to trust, for grpcs:// addresses."
+)
+@click.option("--token", envvar="UPSCALE_TOKEN", help="Bearer token; better in UPSCALE_TOKEN than here.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def main(size: spec.Size, url: str | None, as_json: bool) -> None:
+def main(
+    size: spec.Size, url: str | None, metrics_port: int, tls_ca: Path | None, token: str | None, as_json: bool
+) -> None:
     """Check what serving here needs; exit status 1 if something would fail."""
-    findings = examine(size, url)
+    urls = url.split(",") if url else []
+    findings = examine(size, urls, Security(ca=tls_ca, token=token if urls else None), metrics_port)
     click.echo(json.dumps([asdict(f) for f in findings], indent=2) if as_json else table(findings))
     sys.exit(any(finding.level == "error" for finding in findings))
 

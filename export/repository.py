@@ -144,7 +144,7 @@ def install(
         if stage.name in WITH_PRECISIONS:
             files += [(stage, stage_path(build, stage, one), precision_file(one)) for one in all_precisions]
     for stage, source, _ in files:
-        _check_onnx(source, stage)
+        check_onnx(source, stage)
 
     ensemble = repository / spec.ENSEMBLE.name
     targets: dict[Path, Path | str] = {
@@ -298,7 +298,7 @@ def _remove_stale(build: Path, repository: Path) -> None:
                 identity.unlink(missing_ok=True)
 
 
-def _check_onnx(source: Path, stage: spec.ModelSpec) -> None:
+def check_onnx(source: Path, stage: spec.ModelSpec) -> None:
     """Refuse a file that the server would refuse: the native backend compares the same names and types."""
     try:
         model = onnx.load(source, load_external_data=False)

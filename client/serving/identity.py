@@ -97,6 +97,18 @@ def different_servers(weights: Mapping[str, Identity]) -> str | None:
     return f"{listed}: {found}"
 
 
+def different_releases(weights: Mapping[str, Identity]) -> str | None:
+    """Say which server was exported by which release if not all by one; None if they were, or do not say.
+
+    Args:
+        weights: By server address.
+    """
+    releases = {address: one.published.get(VERSION) for address, one in weights.items()}
+    if len(set(filter(None, releases.values()))) < 2:
+        return None
+    return ", ".join(f"{address} has {release}" for address, release in releases.items() if release)
+
+
 def manifest_entries(weights: Mapping[str, Identity]) -> list[dict[str, Any]]:
     """Give what a manifest keeps of the weights of all servers, the same ones once."""
     kept: list[Identity] = []

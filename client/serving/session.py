@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from ..errors import UpscaleError
 from ..frames.windows import Image
 from .connection import Connection, ServerProtocol, State
 from .dispatch import STOP, WAKE, Dispatch
-from .identity import Identity, different_servers
+from .identity import Identity, different_releases, different_servers
 from .trail import Trail
 from .transports import AUTO
 
 Connect = Callable[[], ServerProtocol]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,16 @@ class Session:
         self._first = servers[0]
         for server in servers[1:]:
             self._check_contract(server)
-        different = (
-            None
-            if allow_mixed_weights
-            else different_servers({one.address: one.identity() for one in servers})
-        )
+        weights = {one.address: one.identity() for one in servers} if len(servers) > 1 else {}
+        different = different_servers(weights) if weights and not allow_mixed_weights else None
         if different:
             raise UpscaleError(
                 f"expected the same weights everywhere, found that {different}; "
                 "name servers of one model with --url, or pass --allow-mixed-weights"
             )
+        releases = different_releases(weights)
+        if releases:
+            log.warning("the servers' models are of different releases: %s", releases)
         self._connections = [
             Connection(server.address, server, self._admit, self._wake) for server in servers
         ]

@@ -96,6 +96,15 @@ def test_a_name_or_a_version_does_not_matter(clip, tmp_path):
         assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(("other", "is_said"), [("0.3.0", True), ("0.2.0", False)])
+def test_servers_of_different_releases_are_named(clip, tmp_path, caplog, other, is_said):
+    first, second = (ensemble_config(**PUBLISHED, version=version) for version in ("0.2.0", other))
+    with FakeTriton(config=first) as one, FakeTriton(config=second) as two:
+        assert run_on(clip, tmp_path / "out.mkv", one, two, options=["--max-frames", 2]).exit_code == 0
+        said = f"are of different releases: {one.url} has 0.2.0, {two.url} has {other}" in caplog.text
+    assert said == is_said
+
+
 def test_servers_that_round_differently_are_the_same(clip, tmp_path):
     with FakeTriton() as one, FakeTriton(network=last_bit) as two:
         assert run_on(clip, tmp_path / "out.mkv", one, two).exit_code == 0

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from deploy.doctor import Finding
 from deploy.embedded.launcher import LaunchError
 from export import spec
 from export.repository import Weights, install, write_configs
+from mst_gan_client.serving.security import Security
 
 HD = (720, 1280)
 
@@ -55,27 +57,6 @@ def test_pools_too_small_for_the_resolution() -> None:
     assert {f.level for f in doctor.check_pools(HD, [])} == {"ok"}  # nothing to set without a GPU
 
 
-def findings_of(monkeypatch: pytest.MonkeyPatch, version: str) -> tuple[Finding, Finding]:
-    """About security and about shared memory, of a server of this version."""
-
-    class Client:
-        def __init__(self, url: str) -> None:
-            assert url == "host:8001"
-
-        def __enter__(self) -> Client:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def get_server_metadata(self, client_timeout: float) -> SimpleNamespace:
-            return SimpleNamespace(version=version)
-
-    monkeypatch.setattr(doctor.triton, "InferenceServerClient", Client)
-    security, memory = doctor.check_server("host:8001")
-    return security, memory
-
-
 @pytest.mark.parametrize(
     ("version", "lacking"),
     [
@@ -89,10 +70,8 @@ def findings_of(monkeypatch: pytest.MonkeyPatch, version: str) -> tuple[Finding,
         ("2.71.0", []), ("2.72.0", []), ("2.100.0", []), ("3.0.0", []),
     ],
 )  # fmt: skip
-def test_an_older_server_lacks_every_later_fix(
-    monkeypatch: pytest.MonkeyPatch, version: str, lacking: list[str]
-) -> None:
-    security, _ = findings_of(monkeypatch, version)
+def test_an_older_server_lacks_every_later_fix(version: str, lacking: list[str]) -> None:
+    security, _ = doctor.check_version(version, "host:8001")
     assert security.level == ("warn" if lacking else "ok")
     assert re.findall(r"\b5\d{3}\b", security.text) == lacking
     assert ("tritonserver:26.07-py3" in security.fix) == bool(lacking)
@@ -101,10 +80,8 @@ def test_an_older_server_lacks_every_later_fix(
 @pytest.mark.parametrize(
     ("version", "flag"), [("2.51.0", False), ("2.67.0", False), ("2.68.0", True), ("2.71.0", True)]
 )
-def test_the_flag_for_shared_memory_is_named_to_servers_that_know_it(
-    monkeypatch: pytest.MonkeyPatch, version: str, flag: bool
-) -> None:
-    _, memory = findings_of(monkeypatch, version)
+def test_the_flag_for_shared_memory_is_named_to_servers_that_know_it(version: str, flag: bool) -> None:
+    _, memory = doctor.check_version(version, "host:8001")
     assert memory.level == ("warn" if flag else "ok")
     assert ("--allow-client-shm=true" in memory.fix) == flag
 
@@ -112,16 +89,16 @@ def test_the_flag_for_shared_memory_is_named_to_servers_that_know_it(
 def test_no_server() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, but not listening
-        (finding,) = doctor.check_server(f"127.0.0.1:{unused.getsockname()[1]}")
+        (finding,) = doctor.check_servers([f"127.0.0.1:{unused.getsockname()[1]}"], Security(), 0)
     assert finding.level == "error" and "expected a Triton server at 127.0.0.1:" in finding.text
 
 
 def test_embedded_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    security, memory = doctor.check_server(None)
+    security, memory = doctor.check_embedded()
     assert security.level == "warn" and security.text.startswith("Triton 2.51.0, the embedded server: lacks")
     assert memory.level == "ok"
     monkeypatch.setattr(doctor, "find_wheel", fail(LaunchError("no wheel")))
-    assert list(doctor.check_server(None)) == [Finding("error", "server", "no wheel", "make setup")]
+    assert list(doctor.check_embedded()) == [Finding("error", "server", "no wheel", "make setup")]
 
 
 def test_stub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +124,37 @@ def test_repository(repository: Path) -> None:
     assert [f.level for f in doctor.check_repository(repository)] == ["ok"] * 3
     generator = next(f for f in doctor.check_repository(repository) if f.check == "generator")
     assert generator.text == "serves model.onnx = model.fp32.onnx; --model-config-name: fp32"
-    (repository / "generator/1/model.onnx").unlink()
-    (repository / "pixel_shuffle/config.pbtxt").write_text("no_such_field: 1")
-    found = {f.check: f for f in doctor.check_repository(repository)}
-    assert (found["generator"].level, found["generator"].fix) == ("error", "make export")
-    assert (found["pixel_shuffle"].level, found["pixel_shuffle"].fix) == ("error", "make configs")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "check", "text", "fix"),
+    [
+        ((Path.unlink, "generator/1/model.onnx"), "generator", "is missing", "make export"),
+        ((shutil.rmtree, "generator/1"), "generator", "the folder", "make export"),
+        ((truncate, "generator/1/model.onnx"), "generator", "not a readable ONNX", "make export"),
+        ((empty, "generator/1/model.onnx"), "generator", "found none", "make export"),
+        ((shutil.rmtree, "pixel_shuffle"), "pixel_shuffle", "no readable config", "make configs"),
+        ((truncate, "flow_align/config.pbtxt"), "flow_align", "no readable config", "make configs"),
+        ((shutil.rmtree, "mst_gan/1"), "mst_gan", "even of an ensemble", "make configs"),
+        ((Path.unlink, "mst_gan/config.pbtxt"), "mst_gan", "is missing", "make export"),
+        ((Path.touch, "generator/1/model.onnx.part"), "repository", "model.onnx.part", "make export"),
+    ],
+)
+def test_a_repository_half_written(
+    repository: Path, break_it: tuple[Callable[[Path], object], str], check: str, text: str, fix: str
+) -> None:
+    change, path = break_it
+    change(repository / path)
+    (finding,) = [one for one in doctor.check_repository(repository) if one.level == "error"]
+    assert (finding.check, finding.fix) == (check, fix) and text in finding.text
 
 
 def test_plans(repository: Path) -> None:

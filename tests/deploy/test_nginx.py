@@ -29,8 +29,8 @@ TOKEN = "a-token-of-the-tests"
 PATIENCE_S = 60
 
 
-def make_certificate(folder: Path, until: str) -> None:
-    """A certificate for localhost that vouches for itself, from 2020 to a date as YYYYMMDD."""
+def make_certificate(folder: Path, until: str, since: str = "20200101") -> None:
+    """A certificate for localhost that vouches for itself, between two dates as YYYYMMDD."""
     if not shutil.which("openssl"):
         missing("ALL", "no openssl found: apt-get install openssl")
     key, request, ca = folder / "key.pem", folder / "request.pem", folder / "ca"
@@ -50,7 +50,7 @@ def make_certificate(folder: Path, until: str) -> None:
     command = [
         "openssl", "ca", "-batch", "-selfsign", "-notext", "-config", str(ca / "ca.conf"),
         "-keyfile", str(key), "-in", str(request), "-out", str(folder / "certificate.pem"),
-        "-startdate", "20200101000000Z", "-enddate", f"{until}000000Z",
+        "-startdate", f"{since}000000Z", "-enddate", f"{until}000000Z",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
 
@@ -77,7 +77,12 @@ class Proxy:
 
 @contextmanager
 def nginx(
-    folder: Path, servers: list[FakeTriton], *, until: str = "20490101", **changes: str
+    folder: Path,
+    servers: list[FakeTriton],
+    *,
+    since: str = "20200101",
+    until: str = "20490101",
+    **changes: str,
 ) -> Iterator[Proxy]:
     """The committed configuration on free ports, with texts replaced."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
@@ -93,7 +98,7 @@ def nginx(
         "".join(f"server {server.url} max_fails=1 fail_timeout=5s;\n" for server in servers)
     )
     (folder / "tokens.map").write_text(f'"Bearer {TOKEN}" 1;\n')
-    make_certificate(folder, until)
+    make_certificate(folder, until, since)
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", "user root;"]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
