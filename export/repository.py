@@ -181,7 +181,7 @@ def install_stream(build: Path, repository: Path, weights: Weights, precision: s
     }
     sources[spec.PIXEL_SHUFFLE] = stage_path(build, spec.PIXEL_SHUFFLE)
     for stage, source in sources.items():
-        _check_onnx(source, stage)
+        check_onnx(source, stage)
     targets: dict[Path, Path | str] = {
         repository / stage.name / VERSION / MODEL_FILE: source for stage, source in sources.items()
     }
