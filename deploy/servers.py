@@ -35,6 +35,8 @@ SECURITY_FIXES = {
 """Security bulletin of NVIDIA, and the release of its image."""
 CLIENT_SHM_FLAG_FROM = (2, 68)
 """From here on clients may use shared memory only with --allow-client-shm; before, always, without a flag."""
+QUEUE_LIMIT_FROM = (2, 67)
+"""Before, ensembles could leave requests unanswered at a full queue (triton-inference-server/core#470)."""
 USUAL_LIMIT = 4 << 20
 """Bytes of a message, gRPC's default for what is received; a proxy's, too, unless it was set."""
 MOST_CLOCK_S = 60
@@ -82,6 +84,7 @@ def check_servers(urls: Sequence[str], security: Security, metrics_port: int) ->
                 text = f"{url} has not loaded {spec.ENSEMBLE.name} ({err.message()})"
                 yield Finding("error", "ensemble", text, "see the server's log; make doctor where it runs")
                 continue
+            yield from check_queues(client, config, version, url)
             releases[url] = _release(config)
             yield Finding("ok", "release", f"{url} serves {releases[url]}")
             yield check_messages(client, url)
@@ -94,7 +97,7 @@ def check_servers(urls: Sequence[str], security: Security, metrics_port: int) ->
 
 def check_version(version: str, where: str) -> Iterator[Finding]:
     """Security fixes of a server's version, and whether clients may share memory with it."""
-    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    found = _numbers(version)
     lacking = [bulletin for since, bulletin in SECURITY_FIXES.items() if found < since]
     server = f"Triton {version}, {where}"
     if lacking:
@@ -111,6 +114,23 @@ def check_version(version: str, where: str) -> Iterator[Finding]:
             "warn", "client memory", "clients may use shared memory only if the server was started so",
             "--allow-client-shm=true, if client and server share this machine and trust each other",
         )  # fmt: skip
+
+
+def check_queues(
+    client: triton.InferenceServerClient, ensemble: pb.ModelConfig, version: str, url: str
+) -> Iterator[Finding]:
+    """Whether a stage has a limit on its queue at a server that may never answer what is over it."""
+    if _numbers(version) >= QUEUE_LIMIT_FROM:
+        return
+    for step in ensemble.ensemble_scheduling.step:
+        config = client.get_model_config(step.model_name, client_timeout=TIMEOUT_S).config
+        batching = config.dynamic_batching
+        policies = [batching.default_queue_policy, *batching.priority_queue_policy.values()]
+        if any(policy.max_queue_size for policy in policies):
+            yield Finding(
+                "error", "queue",
+                f"{step.model_name} at {url} has max_queue_size, where Triton before 2.67 can hang", "Triton 26.03 or newer, or another --model-config-name",
+            )  # fmt: skip
 
 
 def check_messages(client: triton.InferenceServerClient, url: str) -> Finding:
@@ -229,6 +249,10 @@ def _check_clock(offset_s: float | None, address: str) -> Iterator[Finding]:
         yield Finding("error", "clock", text, "timedatectl set-ntp true, on the one that is wrong")
     else:
         yield Finding("ok", "clock", f"within {MOST_CLOCK_S} s of {address}'s")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _release(config: pb.ModelConfig) -> str:

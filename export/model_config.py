@@ -38,14 +38,18 @@ class ServingConfig:
     """Device of the instances; ``KIND_AUTO`` is a GPU where Triton sees one, else the CPU."""
     precisions: Mapping[str, str]
     """Stage -> precision; the others come in one form."""
+    max_queue_size: int = 0
+    """Requests of one priority in a stage's queue; 0: no limit. Inside an ensemble a full queue could leave
+    requests without an answer until Triton 2.67 (26.03; triton-inference-server/core#470), so only targets
+    that need NVIDIA's image have one: the embedded server is 2.51."""
 
 
 SERVING_CONFIGS = {
-    name: ServingConfig(kind, {spec.FLOW_ALIGN.name: flow_align, spec.GENERATOR.name: generator})
-    for name, kind, flow_align, generator in (
-        ("cpu", pb.ModelInstanceGroup.KIND_CPU, CPU, INT8),
-        ("cuda", pb.ModelInstanceGroup.KIND_GPU, FP32, FP16),
-        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, FP32, FP32),
+    name: ServingConfig(kind, {spec.FLOW_ALIGN.name: flow_align, spec.GENERATOR.name: generator}, limit)
+    for name, kind, flow_align, generator, limit in (
+        ("cpu", pb.ModelInstanceGroup.KIND_CPU, CPU, INT8, 0),
+        ("cuda", pb.ModelInstanceGroup.KIND_GPU, FP32, FP16, spec.MAX_QUEUE_SIZE),
+        ("fp32", pb.ModelInstanceGroup.KIND_AUTO, FP32, FP32, 0),
     )
 }
 WITH_PRECISIONS = {stage for config in SERVING_CONFIGS.values() for stage in config.precisions}
@@ -179,9 +183,7 @@ def _stage_config(stage: spec.ModelSpec, choice: ServingConfig | None = None) ->
         instance_group=[
             pb.ModelInstanceGroup(name=name, count=1, kind=kind) for name in spec.INSTANCE_GROUPS
         ],
-        dynamic_batching=pb.ModelDynamicBatching(
-            preferred_batch_size=[spec.MAX_BATCH], max_queue_delay_microseconds=spec.MAX_QUEUE_DELAY_US
-        ),
+        dynamic_batching=_dynamic_batching(choice.max_queue_size if choice else 0),
         model_warmup=[_warmup(f"batch_{batch}", stage, batch, size) for batch, size in ONNX_WARMUPS],
         # For a clear refusal by the embedded server; NVIDIA's backends do not look at it.
         parameters={"multiple_of": pb.ModelParameter(string_value=str(spec.MULTIPLE_OF))}
@@ -190,8 +192,28 @@ def _stage_config(stage: spec.ModelSpec, choice: ServingConfig | None = None) ->
     )
 
 
+def _dynamic_batching(max_queue_size: int) -> pb.ModelDynamicBatching:
+    """Full batches first; live requests before others, each with a longest time to wait."""
+    policies = {
+        level: pb.ModelQueuePolicy(
+            timeout_action=pb.ModelQueuePolicy.REJECT,
+            default_timeout_microseconds=timeout_us,
+            allow_timeout_override=True,  # by the request's own timeout, if that is shorter
+            max_queue_size=max_queue_size,
+        )
+        for level, timeout_us in spec.QUEUE_TIMEOUTS_US.items()
+    }
+    return pb.ModelDynamicBatching(
+        preferred_batch_size=[spec.MAX_BATCH],
+        max_queue_delay_microseconds=spec.MAX_QUEUE_DELAY_US,
+        priority_levels=len(policies),
+        default_priority_level=spec.BATCH,
+        priority_queue_policy=policies,
+    )
+
+
 def _plan_config(stage: spec.ModelSpec) -> pb.ModelConfig:
-    config = _stage_config(stage, ServingConfig(pb.ModelInstanceGroup.KIND_GPU, {}))
+    config = _stage_config(stage, ServingConfig(pb.ModelInstanceGroup.KIND_GPU, {}, spec.MAX_QUEUE_SIZE))
     config.platform = "tensorrt_plan"
     config.backend = "tensorrt"
     config.default_model_filename = PLAN_FILE

@@ -26,6 +26,14 @@ MAX_QUEUE_DELAY_US = 0
 """How long a batcher holds an incomplete batch. Not at all: what arrives while both instances are busy makes
 batches by itself; no wait from 1 to 20 ms gained frames, and all cost latency, 2026-11-25 (sweep
 ``queue_delay`` in perf/REPORT.md)."""
+LIVE, BATCH = 1, 2
+"""Priority levels of every stage's queue; the lower goes first. Requests that name none are ``BATCH``."""
+QUEUE_TIMEOUTS_US = {LIVE: 10_000_000, BATCH: 300_000_000}
+"""How long a request may wait in the queue of a stage. Then Triton refuses it, and the client sends fewer at
+a time: a live frame is of no use later, and a batch's sender has given up by then."""
+MAX_QUEUE_SIZE = 64
+"""Requests of one priority that may wait for a stage: those of four clients, which have 16 in flight each.
+At 1280x720 a request that waits for the generator holds 43 MB."""
 OPSET = 18  # not above: TensorRT 10.13 computes GridSample of opset 20 wrongly (NVIDIA/TensorRT#4646)
 
 

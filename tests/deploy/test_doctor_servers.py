@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from click.testing import CliRunner
-from client_fakes import FakeTriton, ensemble_config, http_server
+from client_fakes import FakeTriton, ensemble_config, http_server, stage_config
 from test_nginx import TOKEN, Proxy, nginx
 from tritonclient.grpc import InferenceServerClient, service_pb2
 from tritonclient.utils import InferenceServerException
@@ -146,6 +146,20 @@ def test_servers_of_two_releases() -> None:
     assert found[-1].level == "warn" and found[-1].check == "release"
     assert found[-1].text == f"{a.url} serves release 0.2.0, {b.url} serves release 0.3.0"
     assert [finding.level for finding in same if finding.check == "release"] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(("version", "levels"), [("2.66.0", ["error"]), ("2.67.0", [])])
+def test_a_limit_of_queues_at_a_server_that_can_hang(version: str, levels: list[str]) -> None:
+    class Limited(Answering):
+        def ModelConfig(self, request, context):  # noqa: N802
+            config = stage_config(request.name)
+            config.dynamic_batching.priority_queue_policy[2].max_queue_size = int(request.name == "generator")
+            return service_pb2.ModelConfigResponse(config=config)
+
+    with Limited() as triton, InferenceServerClient(triton.url) as client:
+        found = list(servers.check_queues(client, ensemble_config(), version, triton.url))
+    assert [finding.level for finding in found] == levels
+    assert all(finding.text.startswith(f"generator at {triton.url} has max_queue_size") for finding in found)
 
 
 def test_a_server_without_the_ensemble() -> None:

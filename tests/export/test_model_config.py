@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from export import spec
 from export.model_config import COMPUTE_CAPABILITIES, config_text
 from export.repository import CONTRACT_FILE, committed_configs
+from mst_gan_client.serving.trail import PRIORITIES
 
 COMMITTED = Path(__file__).parents[2] / "model_repository"
 STAGE_NAMES = [stage.name for stage in spec.STAGES]
@@ -53,6 +54,13 @@ def test_stage_batches_on_two_streams(name: str) -> None:
     assert config.max_batch_size == 4
     assert list(config.dynamic_batching.preferred_batch_size) == [4]
     assert config.dynamic_batching.max_queue_delay_microseconds == spec.MAX_QUEUE_DELAY_US
+    batching = config.dynamic_batching
+    assert (batching.priority_levels, batching.default_priority_level) == (2, spec.BATCH)
+    assert set(batching.priority_queue_policy) == {spec.LIVE, spec.BATCH}
+    for level, policy in batching.priority_queue_policy.items():
+        assert policy.timeout_action == pb.ModelQueuePolicy.REJECT
+        assert policy.default_timeout_microseconds == spec.QUEUE_TIMEOUTS_US[level]
+        assert policy.allow_timeout_override
     assert [(group.name, group.count, group.kind) for group in config.instance_group] == [
         ("stream_0", 1, pb.ModelInstanceGroup.KIND_AUTO),
         ("stream_1", 1, pb.ModelInstanceGroup.KIND_AUTO),
@@ -112,7 +120,7 @@ def test_ensemble_publishes_the_contract_and_nothing_triton_refuses() -> None:
         ("fp32", pb.ModelInstanceGroup.KIND_AUTO, {"flow_align": "fp32", "generator": "fp32"}),
     ],
 )
-def test_alternatives_differ_in_device_and_file_alone(
+def test_alternatives_differ_in_device_file_and_limit_of_the_queue_alone(
     name: str, kind: int, precisions: dict[str, str]
 ) -> None:
     files = committed_configs()
@@ -127,6 +135,10 @@ def test_alternatives_differ_in_device_and_file_alone(
         for group in same.instance_group:
             group.kind = pb.ModelInstanceGroup.KIND_AUTO
         same.default_model_filename = config.default_model_filename
+        limit = spec.MAX_QUEUE_SIZE if name == "cuda" else 0  # NVIDIA's image alone serves that
+        for policy in same.dynamic_batching.priority_queue_policy.values():
+            assert policy.max_queue_size == limit
+            policy.max_queue_size = 0
         assert same == config
 
 
@@ -170,4 +182,11 @@ def test_plans_are_chosen_by_gpu(stage: spec.ModelSpec) -> None:
     assert {group.kind for group in config.instance_group} == {pb.ModelInstanceGroup.KIND_GPU}
     default = parse(stage.name)  # what clients see is the same
     assert config.input == default.input and config.output == default.output
+    for policy in config.dynamic_batching.priority_queue_policy.values():
+        assert policy.max_queue_size == spec.MAX_QUEUE_SIZE
+        policy.max_queue_size = 0  # the embedded server could hang at a limit
     assert config.dynamic_batching == default.dynamic_batching
+
+
+def test_clients_send_the_levels_that_the_queues_have() -> None:
+    assert PRIORITIES == {"live": spec.LIVE, "batch": spec.BATCH}
