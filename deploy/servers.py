@@ -127,10 +127,8 @@ def check_queues(
         batching = config.dynamic_batching
         policies = [batching.default_queue_policy, *batching.priority_queue_policy.values()]
         if any(policy.max_queue_size for policy in policies):
-            yield Finding(
-                "error", "queue",
-                f"{step.model_name} at {url} has max_queue_size, where Triton before 2.67 can hang", "Triton 26.03 or newer, or another --model-config-name",
-            )  # fmt: skip
+            text = f"{step.model_name} at {url} has max_queue_size, where Triton before 2.67 can hang"
+            yield Finding("error", "queue", text, "Triton 26.03 or newer, or another --model-config-name")
 
 
 def check_messages(client: triton.InferenceServerClient, url: str) -> Finding:
