@@ -20,7 +20,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py $(foreach d,network onnx tensorrt verify data metrics,export/$(d)/*.py) export/verify/*.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export stream plans configs serve doctor demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
+.PHONY: help setup export stream plans configs serve doctor dist demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -58,6 +58,9 @@ serve: $(MODELS)  ## Serve model_repository/ on loopback  [SERVE_ARGS=...]
 
 doctor: setup  ## Common serving problems of this machine, each with its fix  [DOCTOR="--size 640x360"]
 	$(BIN)/python -m deploy.doctor $(DOCTOR)
+
+dist: $(MODELS)  ## Wheel, model repository archive, SBOM and checksums in dist/RELEASE/
+	$(BIN)/python -m deploy.dist
 
 demo: $(MODELS)  ## Upscale a real clip through a real server, and show it beside bicubic
 	$(BIN)/python -m deploy.demo
