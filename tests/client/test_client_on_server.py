@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -186,3 +187,26 @@ def test_a_server_that_dies_and_comes_back(toy_repository, tmp_path, models, dea
     assert frame_times(out) == frame_times(clip)
     calm = decoded(tmp_path / "calm.mkv")
     assert all((one == other).all() for one, other in zip(decoded(out), calm, strict=True))
+
+
+def test_the_logs_of_client_and_server_join_on_the_request_id(tmp_path, toy_server, caplog):
+    caplog.set_level("INFO")
+    clip = write_clip(tmp_path / "in.mp4", pictures(3, 16, 32))
+    with grpcclient.InferenceServerClient(toy_server.grpc_url) as client:
+        client.update_log_settings({"log_verbose_level": 1})  # as --log-verbose=1 does
+        begin = toy_server.log_file.stat().st_size
+        try:
+            assert run_client(clip, tmp_path / "out.mp4", "--url", toy_server.grpc_url).exit_code == 0
+        finally:
+            client.update_log_settings({"log_verbose_level": 0})
+    (run,) = re.findall(r"requests are named ([0-9a-f]{8})-FRAME-TILE", caplog.text)
+    models = ("mst_gan", "flow_align", "generator", "pixel_shuffle")
+    expected = {(f"{run}-{frame}-0", model, "2") for frame in (1, 2, 3) for model in models}
+    deadline = time.monotonic() + 30  # the server's log may be late
+    while True:
+        log = toy_server.log_file.read_text(errors="replace")[begin:]
+        found = set(re.findall(rf"request id: ({run}\S+), model: (\w+),.* priority: (\d+)", log))
+        if found == expected:
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
