@@ -37,11 +37,18 @@ from .reports.compare import compare as compare_clips
 from .reports.html_report import check_reference, write_page
 from .run import upscale
 from .serving.addresses import DEFAULT_URL
-from .serving.opening import DEFAULT_MODEL, DEFAULT_PATIENCE_S, open_session
+from .serving.opening import (
+    AUTO_MODE,
+    DEFAULT_MODEL,
+    DEFAULT_PATIENCE_S,
+    MODES,
+    STREAM_MODEL,
+    open_session,
+)
 from .serving.security import Security
 from .serving.session import Session
 from .serving.trail import BATCH, PRIORITIES
-from .serving.transports import AUTO, TRANSPORTS
+from .serving.transports import AUTO, GRPC, TRANSPORTS
 from .shard import Shard
 from .stages import stage
 from .video.decode import Video
@@ -115,7 +122,14 @@ class UpscaleCommand(TopicCommand):
 @click.argument("src", metavar="IN")
 @click.argument("dst", metavar="OUT", type=output)
 @on_server("--url", default=DEFAULT_URL, metavar="A,B,...", help=f"gRPC addresses [{DEFAULT_URL}].")
-@on_server("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"The ensemble [{DEFAULT_MODEL}].")
+@on_server(
+    "--mode",
+    type=click.Choice(list(MODES)),
+    default=AUTO_MODE,
+    metavar="HOW",
+    help=f"stream: by a recurrent model; window; {AUTO_MODE}: stream if it is served [{AUTO_MODE}].",
+)
+@on_server("--model", metavar="NAME", help=f"Another ensemble than {DEFAULT_MODEL} or {STREAM_MODEL}.")
 @on_server(
     "--patience",
     type=click.FloatRange(0),
@@ -210,7 +224,8 @@ def main(
     src: str,
     dst: Path,
     url: str,
-    model: str,
+    mode: str,
+    model: str | None,
     codec: str | None,
     crf: int | None,
     preset: str | None,
@@ -313,9 +328,12 @@ def main(
             keep_existing=is_batch and not overwrite,
         )
         security = Security(tls_ca, tls_cert, tls_key, token)
+        if mode == AUTO_MODE and transport not in (AUTO, GRPC):
+            mode = "window"  # which alone knows shared memory
+        models = model or MODES[mode]
         with (
             serve_metrics(metrics_port, progress) as watch,
-            open_session(url.split(","), model, security, patience, allow_mixed_weights) as session,
+            open_session(url.split(","), models, security, patience, allow_mixed_weights) as session,
         ):
             watch(session)
             if dry_run:
@@ -331,8 +349,9 @@ def main(
                         check_reference(reference, source, session.contract, options)
                 result = run_one(source, out, session, options, progress)
                 if report_page:
+                    made_by = f"{session.contract.model} at {url}"
                     with stage(f"cannot write the report {report_page}"):
-                        write_page(report_page, source, options, out, result, f"{model} at {url}", reference)
+                        write_page(report_page, source, options, out, result, made_by, reference)
                 if compare:
                     with stage(f"cannot write the comparison {compare}"):
                         compare_clips(source, options, out, compare)

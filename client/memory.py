@@ -35,7 +35,14 @@ class Plan:
 
 
 def plan_queues(
-    budget: int, padded: Size, grid: Grid, window: int, scale: int, in_flight: int, encoder: str
+    budget: int,
+    padded: Size,
+    grid: Grid,
+    window: int,
+    scale: int,
+    in_flight: int,
+    encoder: str,
+    answers: int = 1,
 ) -> Plan:
     """Share a budget out over the queues of a run.
 
@@ -43,10 +50,11 @@ def plan_queues(
         budget: Bytes.
         padded: (height, width) of the decoded frames.
         grid: Their tiles.
-        window: Frames of a window.
+        window: Frames of a window, or of a sequence.
         scale: hr side / lr side.
         in_flight: Tiles that keep all servers busy.
         encoder: FFmpeg's name of it, or NO_ENCODER.
+        answers: hr frames that one window or sequence gives.
 
     Returns:
         The plan; with one item in each queue if even that is more than the budget.
@@ -54,7 +62,7 @@ def plan_queues(
     lr = 3 * math.prod(padded)
     hr = lr * scale**2
     lr_tile = window * 3 * math.prod(grid.tile)
-    hr_tile = 3 * math.prod(grid.tile) * scale**2
+    hr_tile = answers * 3 * math.prod(grid.tile) * scale**2
     # Beside the queues: the window being cut and the frame before it, the frame put together from its tiles,
     # the one that is encoded, and the encoder.
     joined = 3 if grid.count > 1 else 1

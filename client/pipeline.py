@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
 
 from .frames.scenes import CutDetector
-from .frames.windows import Image, Size, pad, windows
+from .frames.windows import Image, Size, pad
 from .memory import Plan
 from .prefetch import Prefetch, Stage
 from .record import Record
@@ -18,7 +17,7 @@ from .serving.trail import BATCH
 from .serving.transports import AUTO
 from .shard import Shard
 from .stages import reading, stage
-from .upscaler import Layout, hr_from_windows
+from .upscaler import Layout, Place, hr_from_frames
 from .video.decode import Video
 from .video.deinterlace import OFF
 from .video.encode import Encoding
@@ -161,7 +160,7 @@ class Pipeline:
         part: tuple[int, int | None] = (0, None),
     ) -> None:
         # The first that a new window needs; one at least, to compare with what is known.
-        reach = max(1, session.contract.window // 2)
+        reach = max(1, session.contract.reach)
         again = max(0, len(known.pts) - reach)
         self._first, end = part
         self._lead = 0 if again else min(reach, self._first)  # frames before the part that windows look at
@@ -174,12 +173,11 @@ class Pipeline:
         self._video, self._session, self._shapes = video, session, shapes
         self._frames = Prefetch(self.decode.timed(self._lr_frames(options.range, known)), plan.lr_frames)
         frames = self.starve.timed(self._frames)
-        is_cut = CutDetector(options.scene_threshold, self.record.cuts)
         start = self._lead + len(known.pts) - again
         stop = None if self._most is None else start + self._most - len(known.pts)
-        shots = islice(windows(frames, session.contract.window, is_cut), start, stop)
-        lr_windows = ([frame.image for frame in window] for window in shots)
-        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(lr_windows)), plan.hr_frames)
+        place = Place(start, stop, self._first + again - self._lead, options.segment_frames)
+        is_cut = CutDetector(options.scene_threshold, self.record.cuts)
+        self._answers = Prefetch(self.pass_on.timed(self._hr_frames(frames, is_cut, place)), plan.hr_frames)
 
     def _lr_frames(self, wanted: Range, known: Record) -> Iterator[Frame]:
         record, lead = self.record, self._lead
@@ -193,9 +191,9 @@ class Pipeline:
                     record.add(frame.pts, frame.image, self._video.damaged, self._video.refused)
                 yield replace(frame, image=pad(frame.image, self._shapes.layout.padded))
 
-    def _hr_frames(self, lr_windows: Iterator[list[Image]]) -> Iterator[Image]:
+    def _hr_frames(self, frames: Iterator[Frame], is_cut: CutDetector, place: Place) -> Iterator[Image]:
         with stage("cannot send frames to the server", "see its log"):
-            yield from hr_from_windows(lr_windows, self._session, self._shapes.layout)
+            yield from hr_from_frames(frames, self._session, self._shapes.layout, is_cut, place)
 
     def __iter__(self) -> Iterator[Image]:
         """Yield (H * scale, W * scale, 3) uint8 RGB frames in order."""

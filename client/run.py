@@ -210,14 +210,18 @@ class Run:
         """Set the stages going; yields hr frames from the first that is not finished."""
         self._started_s = time.monotonic()
         self._finished = len(known.pts)
-        plan = plan_for(self._session, self._shapes.layout, self._options.memory, encoder)
+        options, layout = self._options, self._shapes.layout
+        plan = plan_for(self._session, layout, options.memory, encoder, options.segment_frames)
         _say_how(self._session, self._shapes.layout.grid, self._options)
         first, end = self._part
         expected = self._video.frames_expected(self._options.range)
-        self._session.trail = Trail.new(
-            self._shapes.layout.grid.count, first + self._finished, self._options.priority
+        trail = self._session.trail = Trail.new(
+            layout.grid.count,
+            first + self._finished,
+            options.priority,
+            in_sequences=self._session.contract.warmup is not None,
         )
-        log.info("requests are named %s-FRAME-TILE", self._session.trail.run)
+        log.info("requests are named %s-%s-TILE", trail.run, trail.what.upper())
         self._watcher.started(dst, max(0, (end or expected) - first), self._finished)
         self._feed = Pipeline(
             self._video, self._session, self._shapes, self._options, known, plan, self._part
@@ -300,7 +304,8 @@ def identity_of(input_identity: str, contract: Contract, options: Options) -> di
 def _say_how(session: Session, grid: Grid, options: Options) -> None:
     """Agree with the servers on how frames pass, and tell the user."""
     lr_shape = (session.contract.window, *grid.tile, 3)
-    log.info("frames pass through %s", session.share_memory(lr_shape, options.transport))
+    way = session.share_memory(lr_shape, options.transport)
+    log.info("%s upscales; frames pass through %s", session.contract.model, way)
     if grid.count > 1:
         log.info("every frame in %d tiles of %dx%d", grid.count, grid.tile[1], grid.tile[0])
 

@@ -1,12 +1,13 @@
 """The library: frames in, frames four times as large out, as numpy arrays.
 
-The command line uses ``Layout``, ``plan_for`` and ``hr_from_windows`` of this module for its own frames.
+The command line uses ``Layout``, ``plan_for`` and ``hr_from_frames`` of this module for its own frames.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,7 @@ import numpy as np
 
 from .errors import FrameError
 from .frames.scenes import DEFAULT_THRESHOLD, CutDetector
+from .frames.sequences import MOST_FRAMES, FrameSequence, sequence_length, sequences
 from .frames.tiles import Grid, grid_for
 from .frames.windows import Image, Size, crop, fitted_size, pad, windows
 from .memory import NO_ENCODER, Plan, default_budget, plan_queues
@@ -49,32 +51,83 @@ class Layout:
         grid = grid_for(padded, contract.max_size, contract.multiple_of)
         return cls(lr, padded, grid, (lr[0] * contract.scale, lr[1] * contract.scale))
 
+    def sequence_length(self, contract: Contract, segment_frames: int) -> int:
+        """Frames of a sequence whose answers are wanted."""
+        return sequence_length(3 * math.prod(self.grid.tile) * contract.scale**2, segment_frames)
 
-def hr_from_windows(
-    lr_windows: Iterable[Sequence[Image]], session: Session, layout: Layout
+
+@dataclass(frozen=True)
+class Place:
+    """Which frames of those at hand are wanted, and where they lie in the clip."""
+
+    start: int = 0
+    """Index of the first frame to be answered; those before are looked at."""
+    stop: int | None = None
+    """Index of the one after the last."""
+    first: int = 0
+    """Number in the clip's range of the first frame at hand."""
+    segment_frames: int = MOST_FRAMES
+    """Sequences begin anew with every segment, so that a run that is resumed with one cuts alike."""
+
+    def begins(self, length: int) -> Callable[[int], bool]:
+        """Whether a sequence of this length begins at a frame at hand."""
+        return lambda index: (self.first + index) % self.segment_frames % length == 0
+
+
+WHOLE = Place()
+
+
+def hr_from_frames(
+    frames: Iterable[Frame],
+    session: Session,
+    layout: Layout,
+    is_cut: CutDetector,
+    place: Place = WHOLE,
 ) -> Iterator[Image]:
-    """Upscale windows of padded frames.
+    """Upscale padded frames, in windows or in sequences, as the model takes them.
 
     Args:
-        lr_windows: T frames each, (H, W, 3) uint8 RGB of size ``layout.padded``; read only as far ahead as
-            requests are in flight.
+        frames: Of size ``layout.padded``; read only as far ahead as requests are in flight.
         session: Where they are sent.
         layout: Of these frames.
+        is_cut: Where neither windows nor sequences look over.
+        place: Which of these frames are wanted, and where they lie in the clip.
 
     Yields:
-        (H * scale, W * scale, 3) uint8 RGB of size ``layout.hr``, in the order of the windows.
+        (H * scale, W * scale, 3) uint8 RGB of size ``layout.hr``, in order.
 
     Raises:
         UpscaleError: A server refused a window, or no server is left.
     """
-    grid = layout.grid
-    tiles = (tile for window in lr_windows for tile in grid.split(np.stack(window)))
-    hr_tiles = session.hr_frames(tiles)
-    while parts := list(islice(hr_tiles, grid.count)):
-        yield crop(grid.merge(parts, session.contract.scale), layout.hr)
+    contract, grid = session.contract, layout.grid
+    if contract.warmup is None:
+        shots = islice(windows(frames, contract.window, is_cut), place.start, place.stop)
+        stacks = (np.stack([frame.image for frame in window]) for window in shots)
+        answers = session.hr_frames(tile for stack in stacks for tile in grid.split(stack))
+        while parts := list(islice(answers, grid.count)):
+            yield crop(grid.merge(parts, contract.scale), layout.hr)
+        return
+    length = layout.sequence_length(contract, place.segment_frames)
+    begins = place.begins(length)
+    pieces = sequences(frames, begins, contract.warmup, is_cut, place.start, place.stop)
+    work = (
+        FrameSequence(tile, skip)
+        for piece, skip in pieces
+        for tile in grid.split(np.stack([frame.image for frame in piece]))
+    )
+    answers = session.hr_frames(work)
+    while parts := list(islice(answers, grid.count)):
+        for tiles in zip(*parts, strict=True):
+            yield crop(grid.merge(list(tiles), contract.scale), layout.hr)
 
 
-def plan_for(session: Session, layout: Layout, memory: int | None, encoder: str = NO_ENCODER) -> Plan:
+def plan_for(
+    session: Session,
+    layout: Layout,
+    memory: int | None,
+    encoder: str = NO_ENCODER,
+    segment_frames: int = MOST_FRAMES,
+) -> Plan:
     """Share memory out over the queues of frames, and hold the session to its part.
 
     Args:
@@ -82,13 +135,18 @@ def plan_for(session: Session, layout: Layout, memory: int | None, encoder: str 
         layout: Of the frames.
         memory: Bytes; None: a part of what this process may use.
         encoder: FFmpeg's name of what takes the frames that come out.
+        segment_frames: See ``Place``.
 
     Returns:
         The plan; a budget that is too small for it is said.
     """
     budget = memory or default_budget()
-    numbers = session.contract.window, session.contract.scale, session.in_flight
-    plan = plan_queues(budget, layout.padded, layout.grid, *numbers, encoder)
+    contract = session.contract
+    answers = 1 if contract.warmup is None else layout.sequence_length(contract, segment_frames)
+    frames = contract.window if contract.warmup is None else answers + contract.warmup
+    plan = plan_queues(
+        budget, layout.padded, layout.grid, frames, contract.scale, session.in_flight, encoder, answers
+    )
     if plan.bytes > budget:
         log.warning(
             "frames of this size take about %.1f GB, %.1f GB are to be used: one at a time is under way, "
@@ -105,7 +163,8 @@ class Upscaler:
     Args:
         urls: gRPC address such as ``localhost:8001``, or several that share the work;
             ``grpcs://host:port`` speaks TLS.
-        model: Name of the ensemble.
+        model: Name of the ensemble. ``mst_gan_stream``, where it is served, sees all frames before one, but
+            reads some hundred frames ahead of what comes out.
         security: Certificates and token for ``grpcs://`` addresses.
         patience_s: Seconds to wait for lost servers before giving up.
         transport: ``auto``, ``cuda``, ``system`` (shared memory) or ``grpc``.
@@ -121,7 +180,7 @@ class Upscaler:
 
     def __init__(
         self,
-        urls: str | Sequence[str] = DEFAULT_URL,
+        urls: str | Iterable[str] = DEFAULT_URL,
         *,
         model: str = DEFAULT_MODEL,
         security: Security = NO_SECURITY,
@@ -171,9 +230,8 @@ class Upscaler:
                 _checked(frame, layout.lr)
                 yield Frame(pad(frame, layout.padded), number)
 
-        shots = windows(padded(), self._session.contract.window, CutDetector(self._scene_threshold))
-        lr_windows = ([frame.image for frame in window] for window in shots)
-        for done, hr in enumerate(hr_from_windows(lr_windows, self._session, layout), start=1):
+        is_cut = CutDetector(self._scene_threshold)
+        for done, hr in enumerate(hr_from_frames(padded(), self._session, layout, is_cut), start=1):
             if progress:
                 progress(done)
             yield hr

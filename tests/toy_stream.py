@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,22 @@ def history(frames: Iterable[Array], remembered: int = 0) -> Iterator[Array]:
     for frame in frames:
         remembered = (FACTOR * remembered + int(frame[0, 0, 0]) + STEP) % 256
         yield (frame // 2 + remembered // 2).repeat(4, axis=0).repeat(4, axis=1)
+
+
+def sequence_answers(
+    images: Sequence[Array], segment: int, warmup: int, cuts: Collection[int] = ()
+) -> list[Array]:
+    """What a client gets that cuts a clip into sequences as long as segments.
+
+    Each begins ``warmup`` frames early, but not before a cut.
+    """
+    answers, begin, shot = [], 0, 0
+    for t in range(len(images)):
+        shot = t if t in cuts else shot
+        begin = t if t % segment == 0 or t in cuts else begin
+        first = max(shot, begin - warmup)
+        answers.append(list(history(images[first : t + 1]))[-1])
+    return answers
 
 
 def stream_repository(folder: Path) -> Path:

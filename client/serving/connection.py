@@ -14,6 +14,7 @@ from typing import Protocol
 from tritonclient.utils import InferenceServerException
 
 from ..errors import ServerError, UpscaleError
+from ..frames.sequences import FrameSequence
 from ..frames.windows import Image
 from .awake import awake_s
 from .contract import Contract
@@ -21,7 +22,7 @@ from .faults import SILENT_STATUS
 from .identity import Identity
 from .pace import Pace
 from .probe import probe_window
-from .server import Cancel, Done
+from .sequence import Cancel, Done
 from .trail import NO_TAG, Tag
 
 log = logging.getLogger(__name__)
@@ -49,16 +50,16 @@ class ServerProtocol(Protocol):
     def share_memory(self, lr_shape: tuple[int, ...], transport: str) -> str:
         """Use shared memory for windows of this shape if possible; return how they pass."""
 
-    def ask(self, lr_window: Image, done: Done, tag: Tag) -> Cancel:
-        """Send one window; ``done`` gets the answer or the error, once, on any thread."""
+    def ask(self, work: Image | FrameSequence, done: Done, tag: Tag) -> Cancel:
+        """Send one window or sequence; ``done`` gets the answer or the error, once, on any thread."""
 
 
 @dataclass(order=True)
 class Job:
-    """One window on its way; the window is let go as soon as its answer is here."""
+    """One window, or a sequence, on its way; it is let go as soon as its answer is here."""
 
     index: int
-    lr_window: Image | None = field(compare=False)
+    work: Image | FrameSequence | None = field(compare=False)
     pixels: int = field(compare=False)
     hr: Image | None = field(default=None, compare=False)
     failures: int = field(default=0, compare=False)
@@ -177,7 +178,7 @@ class Connection:
 
     def send(self, job: Job, answers: Answers) -> Attempt:
         """Send a window; the answer goes to a queue."""
-        assert self.server and job.lr_window is not None
+        assert self.server and job.work is not None
         attempt = Attempt(job, self, answers, awake_s())
 
         def done(hr: Image | None, error: InferenceServerException | None) -> None:
@@ -187,7 +188,7 @@ class Connection:
         with self._lock:
             self._attempts.add(attempt)
         job.under_way.append(attempt)
-        attempt.cancel = self.server.ask(job.lr_window, done, job.tag)
+        attempt.cancel = self.server.ask(job.work, done, job.tag)
         return attempt
 
     def _note(self, attempt: Attempt, is_answer: bool) -> None:

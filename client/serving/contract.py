@@ -10,6 +10,8 @@ from ..errors import UpscaleError
 from ..frames.windows import Size
 from .identity import IDENTITY_PARAMETERS
 
+WARMUP = "warmup"  # the parameter that recurrent models have, and only they
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -22,12 +24,19 @@ class Contract:
     """hr side / lr side."""
     window: int
     """lr frames of one request."""
+    warmup: int | None
+    """Frames until a recurrent model has its full quality; None: a model of windows, without a state."""
     multiple_of: int
     """Both lr sides."""
     min_size: Size
     max_size: Size
     parameters: tuple[tuple[str, str], ...]
     """All that the ensemble publishes about itself but its weights, sorted by name."""
+
+    @property
+    def reach(self) -> int:
+        """Frames before one that its answer depends on, or is to."""
+        return self.window // 2 if self.warmup is None else self.warmup
 
 
 def contract_from_config(config: ModelConfig, where: str) -> Contract:
@@ -63,11 +72,12 @@ def contract_from_config(config: ModelConfig, where: str) -> Contract:
             raise refuse(f"HEIGHTxWIDTH in parameter {name!r}", repr(text))
         return int(height), int(width)
 
-    window = number("window")
+    is_recurrent = WARMUP in config.parameters
+    window = 1 if is_recurrent else number("window")
     if window % 2 == 0:
         raise refuse("an odd window", str(window))
     for tensors, dims, what in (
-        (config.input, [window, -1, -1, 3], "input"),
+        (config.input, [-1, -1, 3] if is_recurrent else [window, -1, -1, 3], "input"),
         (config.output, [-1, -1, 3], "output"),
     ):
         found = ", ".join(f"{t.name} type {t.data_type} {list(t.dims)}" for t in tensors)
@@ -79,6 +89,7 @@ def contract_from_config(config: ModelConfig, where: str) -> Contract:
         output_name=config.output[0].name,
         scale=number("scale"),
         window=window,
+        warmup=number(WARMUP) if is_recurrent else None,
         multiple_of=number("multiple_of"),
         min_size=size("min_size"),
         max_size=size("max_size"),

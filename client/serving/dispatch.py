@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from tritonclient.utils import InferenceServerException
 
 from ..errors import ServerError, UpscaleError
+from ..frames.sequences import FrameSequence
 from ..frames.windows import Image
 from .awake import awake_s
 from .connection import Answers, Attempt, Connection, Job, News, State
@@ -29,7 +30,7 @@ class Dispatch:
 
     Args:
         connections: The servers.
-        lr_windows: (T, H, W, 3) uint8 RGB each.
+        work: Windows, (T, H, W, 3) uint8 RGB each, or sequences.
         hold: How many windows, or their answers, may be held at once.
         patience_s: How long to go on without any server.
         stall_s: How long to wait for the next answer of servers that are there.
@@ -38,7 +39,7 @@ class Dispatch:
     def __init__(
         self,
         connections: Sequence[Connection],
-        lr_windows: Iterable[Image],
+        work: Iterable[Image | FrameSequence],
         hold: Callable[[], int],
         patience_s: float,
         stall_s: float,
@@ -55,14 +56,14 @@ class Dispatch:
         self.answers: Answers = queue.SimpleQueue()
         self._connections, self._hold = connections, hold
         self._patience_s, self._stall_s, self._trail = patience_s, stall_s, trail
-        self._source = enumerate(lr_windows)
+        self._source = enumerate(work)
         self._is_more = True
         self._in_order: deque[Job] = deque()
         self._again: list[Job] = []
         self._progress_s = self._server_seen_s = awake_s()
 
     def run(self) -> Iterator[Image]:
-        """Yield the hr frame of every window, in the order of the windows.
+        """Yield the answer to every window or sequence, in their order.
 
         Raises:
             UpscaleError: A server refused a window, or all of them stayed away.
@@ -101,11 +102,11 @@ class Dispatch:
                 return job
         if not self._may_take_new:
             return None
-        index, lr_window = next(self._source, (-1, None))
-        if lr_window is None:
+        index, work = next(self._source, (-1, None))
+        if work is None:
             self._is_more = False
             return None
-        job = Job(index, lr_window, lr_window.size, tag=self._trail.tag(index))
+        job = Job(index, work, work.size, tag=self._trail.tag(index))
         self._in_order.append(job)
         return job
 
@@ -170,7 +171,7 @@ class Dispatch:
         if error is None:
             self._progress_s = self._server_seen_s = awake_s()
             if job.hr is None:  # the first answer, be it of an attempt that was given up
-                job.hr, job.lr_window = hr, None
+                job.hr, job.work = hr, None
                 for slower in job.under_way:
                     slower.connection.ask_for_less(slower, is_busy=False)
         elif is_awaited:
@@ -190,8 +191,9 @@ class Dispatch:
         else:
             job.failures += 1
             if fault is Fault.REFUSED or job.failures >= MOST_FAILURES:
+                what = f"{self._trail.what} {job.index // self._trail.tiles + 1}"
                 raise UpscaleError(
-                    f"{connection.address} refused frame {job.index // self._trail.tiles + 1} of this run: "
+                    f"{connection.address} refused {what} of this run: "
                     f"{error.message()}; see request {job.tag.request_id} in the server's log"
                 ) from error
             self.resent += 1

@@ -16,7 +16,10 @@ from .session import Session
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "mst_gan"
+DEFAULT_MODEL, STREAM_MODEL = "mst_gan", "mst_gan_stream"
+AUTO_MODE = "auto"
+MODES = {AUTO_MODE: (STREAM_MODEL, DEFAULT_MODEL), "window": (DEFAULT_MODEL,), "stream": (STREAM_MODEL,)}
+"""Which ensemble is taken, the first that a server has: the recurrent one, or that of windows."""
 DEFAULT_PATIENCE_S = 60.0
 WAIT_FOR_OTHERS_S = 10.0  # once a server is there
 
@@ -24,7 +27,7 @@ WAIT_FOR_OTHERS_S = 10.0  # once a server is there
 @contextmanager
 def open_session(
     urls: Iterable[str],
-    model: str = DEFAULT_MODEL,
+    models: str | tuple[str, ...] = DEFAULT_MODEL,
     security: Security = NO_SECURITY,
     patience_s: float = DEFAULT_PATIENCE_S,
     allow_mixed_weights: bool = False,
@@ -35,7 +38,7 @@ def open_session(
 
     Args:
         urls: gRPC addresses, as ``address_from_url`` reads them.
-        model: Name of the ensemble.
+        models: Names of the ensemble; of several, the first that a server has.
         security: For ``grpcs://`` addresses.
         patience_s: How long to go on without any server.
         allow_mixed_weights: Let servers with different weights answer, frame by frame.
@@ -44,7 +47,7 @@ def open_session(
         ServerError: No server is there.
         UpscaleError: One serves something else.
     """
-    opener = _Opener(model, security)
+    opener = _Opener(models, security)
     with ExitStack() as stack:
         stack.callback(opener.close)
         servers, absent = opener.open(_addresses_from_urls(urls))
@@ -89,8 +92,8 @@ def _without_twins(servers: list[Server]) -> list[Server]:
 class _Opener:
     """Connects to servers side by side, and hangs up on all of them at the end."""
 
-    def __init__(self, model: str, security: Security) -> None:
-        self._model, self._security = model, security
+    def __init__(self, models: str | tuple[str, ...], security: Security) -> None:
+        self._models, self._security = models, security
         self._lock = threading.Lock()
         self._opened: list[Server] | None = []
         """None: closed."""
@@ -136,7 +139,7 @@ class _Opener:
 
     def _connect(self, address: Address) -> Server:
         """Connect, and wait for the answer to the probe."""
-        server = Server(address, self._model, self._security)
+        server = Server(address, self._models, self._security)
         with self._lock:
             is_open = self._opened is not None
             if self._opened is not None:

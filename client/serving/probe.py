@@ -1,8 +1,11 @@
-"""One fixed small window, whose answer tells the weights and the arithmetic of a server from others."""
+"""What tells one server from others: the answer to one fixed small window, and whether it speaks HTTP."""
 
 from __future__ import annotations
 
+import http.client
 import math
+import urllib.error
+import urllib.request
 
 import numpy as np
 
@@ -23,3 +26,14 @@ def probe_window(contract: Contract) -> Image:
     # Integer arithmetic: unlike those of a generator of random numbers, its values are the same forever.
     noise = np.arange(math.prod(shape), dtype=np.uint64) * KNUTH % 2**32 >> 24
     return noise.astype(np.uint8).reshape(shape)
+
+
+def speaks_http(address: str) -> bool:
+    """Whether a plain web server answers at ``host:port``."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/v2/health/live", timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True  # an error page is an answer too
+    except (OSError, ValueError, http.client.HTTPException):  # closed, or speaks something else
+        return False

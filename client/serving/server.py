@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import http.client
 import logging
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 
 import grpc
 from tritonclient.grpc import (
@@ -22,16 +18,19 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from ..errors import ServerError, UpscaleError
+from ..frames.sequences import FrameSequence
 from ..frames.windows import Image
 from .addresses import DEFAULT_GRPC_PORT, Address, address_from_url
 from .awake import answer_of, awake_s
+from .channel import CHANNEL_OPTIONS
 from .contract import contract_from_config, instance_count
 from .faults import Fault, as_server_error, fault_of
 from .identity import Identity, identity_of
-from .probe import PROBE_ID, probe_window
+from .probe import PROBE_ID, probe_window, speaks_http
 from .security import Security
-from .trail import NO_TAG, Tag
-from .transports import AUTO, ring_for
+from .sequence import Cancel, Done, SequenceCall
+from .trail import NO_TAG, Tag, new_sequence_id
+from .transports import AUTO, GRPC, ring_for
 from .transports.ring import RELEASE_TIMEOUT_S, Ring, kept_rings
 
 ASK_TIMEOUT_S = 20.0  # for questions about health and configuration: cheap, but the network may be slow
@@ -39,31 +38,15 @@ PROBE_TIMEOUT_S = 300.0  # the window is tiny, but may wait behind the frames of
 PROBE_AGAIN_TIMEOUT_S = 60.0  # of a server that was lost
 STOP_WATCHING_S = 0.5  # gRPC's thread looks every 0.2 s whether somebody wants it to watch
 NO_SECURITY = Security()
-CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
-    # An hr frame of a 1280x720 clip is 44 MB; gRPC would stop at 4 MB.
-    ("grpc.max_send_message_length", 2**31 - 1),
-    ("grpc.max_receive_message_length", 2**31 - 1),
-    # gRPC's own pause between connection attempts grows to two minutes. Its "minimum reconnect backoff" stays
-    # at 20 s: that is also the time an attempt may take (gRPC's connection-backoff.md), and a server 300 ms
-    # away with TLS, on a network that loses packets, takes seconds.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.min_reconnect_backoff_ms", 20_000),
-    # Triton, as every gRPC server, answers pings without data that come more often than every five minutes
-    # with "too_many_pings" and drops all requests: measured after four minutes with pings 60 s apart. Setting
-    # them also has Linux close a connection that has not acknowledged what was sent for the second time.
-    ("grpc.keepalive_time_ms", 301_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # A connection of its own: another Server of this process must not share the one that is given up.
-    ("grpc.use_local_subchannel_pool", 1),
-]
+UNKNOWN_MODEL = ("StatusCode.NOT_FOUND", "StatusCode.INVALID_ARGUMENT")
 
 START_HINT = "start one with `make serve`, or name another with --url"
 
 log = logging.getLogger(__name__)
 
-Done = Callable[["Image | None", "InferenceServerException | None"], None]
-Cancel = Callable[[], None]
+
+class NotLoadedError(ServerError):
+    """A server answers, and does not have the model."""
 
 
 class Server:
@@ -71,7 +54,7 @@ class Server:
 
     Args:
         url: As ``address_from_url`` reads it, or the address itself.
-        model: Name of the ensemble.
+        models: Names of the ensemble; of several, the first that the server has.
         security: For ``grpcs://`` addresses.
 
     Raises:
@@ -84,7 +67,9 @@ class Server:
     probe_s: float
     """How long it took to answer the probe, once ``identity`` is known."""
 
-    def __init__(self, url: str | Address, model: str, security: Security = NO_SECURITY) -> None:
+    def __init__(
+        self, url: str | Address, models: str | tuple[str, ...], security: Security = NO_SECURITY
+    ) -> None:
         address = url if isinstance(url, Address) else Address(*address_from_url(url))
         self.address = address.host_port
         self._is_closed = False
@@ -107,16 +92,20 @@ class Server:
         self._client = self._dial()
         atexit.register(self.close)  # later, gRPC would wait for its thread, which no longer runs
         try:
-            self._ensemble = config = self._config(model)
+            self._ensemble = config = self._first_config((models,) if isinstance(models, str) else models)
             self.contract = contract_from_config(config, self.address)
-            steps = {step.model_name for step in config.ensemble_scheduling.step} or {model}
-            instances = min(instance_count(self._config(step)) for step in steps)
+            steps = {step.model_name for step in config.ensemble_scheduling.step} or {config.name}
+            stages = [self._config(step) for step in steps]
         except BaseException:
             self.close()
             raise
-        # While one batch runs in every instance the next one gathers behind it: with fewer requests
-        # the server's batcher starves, with more they only wait.
-        self.in_flight = 2 * max(1, config.max_batch_size) * max(1, instances)
+        instances = max(1, min(map(instance_count, stages)))
+        if self.contract.warmup is None:
+            # While one batch runs in every instance the next one gathers behind it: with fewer requests
+            # the server's batcher starves, with more they only wait.
+            self.in_flight = 2 * max(1, config.max_batch_size) * instances
+        else:  # sequences, whose states the server has to hold
+            self.in_flight = max(1, *(stage.max_batch_size for stage in stages)) * instances
 
     def _dial(self) -> InferenceServerClient:
         client = InferenceServerClient(self.address, creds=self._credentials, channel_args=self._options)
@@ -139,6 +128,15 @@ class Server:
             time.sleep(0.01)
         client.close()
 
+    def _first_config(self, models: tuple[str, ...]) -> ModelConfig:
+        """Of the first of these models that the server has."""
+        for model in models[:-1]:
+            try:
+                return self._config(model)
+            except NotLoadedError:
+                continue
+        return self._config(models[-1])
+
     def _config(self, model: str) -> ModelConfig:
         try:
             answer_of(lambda: self._client.is_server_live(client_timeout=ASK_TIMEOUT_S))
@@ -147,7 +145,8 @@ class Server:
         try:
             return self._model_config(model)
         except InferenceServerException as err:
-            raise ServerError(
+            kind = NotLoadedError if err.status() in UNKNOWN_MODEL else ServerError
+            raise kind(
                 f"the server at {self.address} has not loaded model {model!r} ({err.message()}); "
                 "expected the ensemble there: load it, or name another with --model"
             ) from err
@@ -226,13 +225,26 @@ class Server:
 
     def _probe(self, timeout_s: float) -> Identity:
         lr_window = probe_window(self.contract)
-        lr_input = InferInput(self.contract.input_name, [1, *lr_window.shape], "UINT8")
-        lr_input.set_data_from_numpy(lr_window[None])
-        model = self.contract.model
+        lr = self._batch_of_one(lr_window)
+        lr_input = InferInput(self.contract.input_name, lr.shape, "UINT8")
+        lr_input.set_data_from_numpy(lr)
+        model, is_recurrent = self.contract.model, self.contract.warmup is not None
         result = answer_of(
-            lambda: self._client.infer(model, [lr_input], request_id=PROBE_ID, client_timeout=timeout_s)
+            lambda: self._client.infer(
+                model,
+                [lr_input],
+                request_id=PROBE_ID,
+                client_timeout=timeout_s,
+                sequence_id=new_sequence_id() if is_recurrent else 0,
+                sequence_start=is_recurrent,
+                sequence_end=is_recurrent,
+            )
         )
         return identity_of(self._ensemble, self._hr_from_result(result, lr_window.shape, None, 0))
+
+    def _batch_of_one(self, lr_window: Image) -> Image:
+        """(T, H, W, 3) in the shape of the ensemble's input: a recurrent one takes a frame, not a window."""
+        return lr_window if self.contract.warmup is not None else lr_window[None]
 
     def counters(self) -> bytes | None:
         """What the server has counted of the ensemble so far, to the nanosecond; None: it does not tell.
@@ -256,7 +268,17 @@ class Server:
 
         Returns:
             How they pass, and why no better way was taken.
+
+        Raises:
+            UpscaleError: Of shared memory, for a model that keeps a state.
         """
+        if self.contract.warmup is not None:
+            if transport not in (AUTO, GRPC):
+                raise UpscaleError(
+                    f"expected --transport {AUTO} or {GRPC} for {self.contract.model}, found {transport}: "
+                    "sequences pass through gRPC alone; --mode window knows shared memory"
+                )
+            return "gRPC, in sequences"
         return self._share_memory(lr_shape, transport, RELEASE_TIMEOUT_S)
 
     def _share_memory(self, lr_shape: tuple[int, ...], transport: str, release_timeout_s: float) -> str:
@@ -268,19 +290,23 @@ class Server:
             )
             return way
 
-    def ask(self, lr_window: Image, done: Done, tag: Tag = NO_TAG) -> Cancel:
-        """Send one window; ``done`` is called once, on any thread, with the hr frame or with the error.
+    def ask(self, work: Image | FrameSequence, done: Done, tag: Tag = NO_TAG) -> Cancel:
+        """Send one window, or a sequence; ``done`` is called once, on any thread.
 
         Args:
-            lr_window: (T, H, W, 3) uint8 RGB, 0..255, contiguous.
-            done: Gets ((H * scale, W * scale, 3) uint8 RGB, None) or (None, error), whatever goes wrong.
+            work: (T, H, W, 3) uint8 RGB, 0..255, contiguous; for a recurrent model one frame of a sequence
+                that ``tag`` names, or a sequence.
+            done: Gets (hr, None) or (None, error), whatever goes wrong. hr is (H * scale, W * scale, 3)
+                uint8 RGB, of a sequence with an axis of frames before.
             tag: What goes with it.
 
         Returns:
             What lets the server know that nobody wants the answer.
         """
+        if isinstance(work, FrameSequence):
+            return SequenceCall(self.ask, work, done, tag).begin()
         try:
-            return self._send(lr_window, done, tag)
+            return self._send(work, done, tag)
         except Exception as err:  # nothing may be lost, whatever a library raises
             done(None, as_server_error(err))
             return _nothing_to_cancel
@@ -289,7 +315,8 @@ class Server:
         breaks = self._breaks
         if breaks != self._breaks_checked:
             raise _connection_broke()
-        lr_input = InferInput(self.contract.input_name, [1, *lr_window.shape], "UINT8")
+        lr = self._batch_of_one(lr_window)
+        lr_input = InferInput(self.contract.input_name, lr.shape, "UINT8")
         hr_output = InferRequestedOutput(self.contract.output_name)
         ring = self._ring if self._ring and self._ring.lr_shape == lr_window.shape else None
         slot = 0
@@ -303,7 +330,7 @@ class Server:
         if ring:
             ring.attach(slot, lr_input, hr_output)
         else:
-            lr_input.set_data_from_numpy(lr_window[None])
+            lr_input.set_data_from_numpy(lr)
 
         call, ended = object(), False
 
@@ -335,6 +362,9 @@ class Server:
             outputs=[hr_output],
             request_id=tag.request_id,
             priority=tag.priority,
+            sequence_id=tag.sequence,
+            sequence_start=tag.is_start,
+            sequence_end=tag.is_end,
             headers=tag.headers,
         ).cancel
         self._calls[call] = cancel
@@ -390,14 +420,3 @@ def _nothing_to_cancel() -> None:
 
 def _connection_broke() -> InferenceServerException:
     return InferenceServerException("the connection broke", status="StatusCode.UNAVAILABLE")
-
-
-def speaks_http(address: str) -> bool:
-    """Whether a plain web server answers at ``host:port``."""
-    try:
-        with urllib.request.urlopen(f"http://{address}/v2/health/live", timeout=2):
-            return True
-    except urllib.error.HTTPError:
-        return True  # an error page is an answer too
-    except (OSError, ValueError, http.client.HTTPException):  # closed, or speaks something else
-        return False

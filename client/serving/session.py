@@ -1,4 +1,4 @@
-"""Windows in, hr frames out, in order: the requests in flight at one or many Triton servers."""
+"""Windows or sequences in, hr frames out, in order: what is under way at one or many Triton servers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UpscaleError
+from ..frames.sequences import FrameSequence
 from ..frames.windows import Image
 from .connection import Connection, ServerProtocol, State
 from .dispatch import STOP, WAKE, Dispatch
@@ -164,21 +165,22 @@ class Session:
         connection.shared = wanted
         return way
 
-    def hr_frames(self, lr_windows: Iterable[Image]) -> Iterator[Image]:
-        """Yield the hr frame of every window, in the order of the windows.
+    def hr_frames(self, work: Iterable[Image | FrameSequence]) -> Iterator[Image]:
+        """Yield the answer to every window or sequence, in their order.
 
         Args:
-            lr_windows: (T, H, W, 3) uint8 RGB each; read only as far ahead as requests are in flight.
+            work: Windows, (T, H, W, 3) uint8 RGB each, or sequences for a recurrent model; read only as far
+                ahead as requests are in flight.
 
         Yields:
-            (H * scale, W * scale, 3) uint8 RGB.
+            (H * scale, W * scale, 3) uint8 RGB; of a sequence with an axis of frames before.
 
         Raises:
             UpscaleError: A server refused a window, or all of them stayed away.
         """
         dispatch = Dispatch(
             self._connections,
-            lr_windows,
+            work,
             lambda: self._most_held or 2 * self.in_flight,
             self._patience_s,
             self._stall_s,
@@ -226,5 +228,5 @@ class Session:
             raise UpscaleError(
                 f"expected one ensemble everywhere, found that {server.address} serves another "
                 f"{self.contract.model!r} than {self._first.address}: "
-                "give --url only servers with the same model repository"
+                "give --url only servers with the same model repository, or name what all have with --mode"
             )

@@ -23,9 +23,18 @@ class Tag:
     headers: dict[str, str] = field(default_factory=dict)
     priority: int = 0
     """0: the server's default."""
+    sequence: int = 0
+    """Which sequence a frame belongs to, where the model keeps a state; 0: none."""
+    is_start: bool = False
+    is_end: bool = False
 
 
 NO_TAG = Tag()
+
+
+def new_sequence_id() -> int:
+    """Make an id that no other client has, nor an attempt of before: 63 random bits, not 0."""
+    return secrets.randbits(63) | 1
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,18 @@ class Trail:
     """Frames of the clip before the first window."""
     priority: str = BATCH
     """One of ``PRIORITIES``."""
+    what: str = "frame"
+    """That the second number of an id counts: frames, or sequences from this run's first."""
 
     @classmethod
-    def new(cls, tiles: int = 1, first: int = 0, priority: str = BATCH) -> Trail:
+    def new(
+        cls, tiles: int = 1, first: int = 0, priority: str = BATCH, *, in_sequences: bool = False
+    ) -> Trail:
         """Begin one."""
+        first, what = (0, "sequence") if in_sequences else (first, "frame")
         found = TRACEPARENT.fullmatch(os.environ.get("TRACEPARENT", ""))
         trace_id, flags = (found[1], found[2]) if found else (secrets.token_hex(16), "01")
-        return cls(trace_id, flags, tiles, first, priority)
+        return cls(trace_id, flags, tiles, first, priority, what)
 
     @property
     def run(self) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
+from client_fakes import LOSSLESS, decoded, pictures, run_client, write_clip
 from server_load import executions
-from toy_stream import history, stream_repository
+from toy_stream import history, sequence_answers, stream_repository
 from tritonclient.utils import InferenceServerException
 
 from deploy.embedded.server import TritonServer
@@ -150,6 +151,18 @@ def test_the_ensemble_publishes_what_a_client_needs(client: Any) -> None:
     published = {name: value.string_value for name, value in config.parameters.items()}
     assert published.items() >= spec.STREAM_PARAMETERS.items()
     assert published[spec.WEIGHTS_NAME] == "toy_stream"
+
+
+def test_a_clip_through_the_client(server: TritonServer, tmp_path: Path) -> None:
+    """Several sequences of one clip at once, each begun early."""
+    clip = write_clip(tmp_path / "in.mkv", pictures(40), codec="ffv1", pix_fmt="bgr0")
+    out = tmp_path / "out.mkv"
+    options = ("--url", server.grpc_url, "--segment-frames", 10, *LOSSLESS)
+    result = run_client(clip, out, *options)
+    assert result.exit_code == 0, result.output
+    expected = sequence_answers(decoded(clip), 10, int(spec.STREAM_PARAMETERS["warmup"]))
+    assert all(np.array_equal(a, b) for a, b in zip(decoded(out), expected, strict=True))
+    assert held(server) == 0
 
 
 def test_a_client_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
