@@ -127,7 +127,7 @@ class UpscaleCommand(TopicCommand):
     type=click.Choice(list(MODES)),
     default=AUTO_MODE,
     metavar="HOW",
-    help=f"window; stream; {AUTO_MODE}: stream where it is served [{AUTO_MODE}].",
+    help=f"window, stream, {AUTO_MODE}: stream if it is served [{AUTO_MODE}].",
 )
 @on_server("--model", metavar="NAME", help=f"Another ensemble than {DEFAULT_MODEL} or {STREAM_MODEL}.")
 @on_server(
