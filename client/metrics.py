@@ -40,7 +40,7 @@ def serve_metrics(address: tuple[str, int] | None, progress: Progress) -> Iterat
     except ImportError as err:
         raise UpscaleError(
             "expected the package prometheus-client for --metrics-port, found none: "
-            "pip install 'mst-gan-triton[metrics]'"
+            "pip install prometheus-client"
         ) from err
     registry = CollectorRegistry()
     host, port = address

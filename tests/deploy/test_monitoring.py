@@ -58,7 +58,7 @@ def test_every_alert_is_seen_firing() -> None:
 
 
 NOT_HERE = {"GPU memory used", "GPU utilization"}
-"""Panels whose series only a machine with a GPU has."""
+"""Panels whose series only a machine with a GPU has: they may be empty."""
 
 
 def test_every_panel_of_the_dashboard_stands_on_free_ground() -> None:
@@ -123,11 +123,6 @@ def test_rules_and_dashboard_have_values_of_real_servers_and_clients(
         assert values(url, "up") == [1.0] * 3
         labels = draw.ask(url, "query", query="mst_gan_client_server_info")[0]["metric"]
         assert (labels["server"], labels["weights"]) == (toy_server.grpc_url, "toy")
-        for title, _, _ in draw.panels():
-            if title in NOT_HERE:
-                assert not any(
-                    values(url, query) for name, query in queries.items() if name.startswith(title)
-                )
         picture = tmp_path / "dashboard.png"
         result = CliRunner().invoke(draw.main, [str(picture), "--url", url, "--minutes", "1"])
         assert result.exit_code == 0, result.output
