@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(shell for python in python3.11 python3.12 python3; do \
 CHECKPOINT ?= export/checkpoints/mst_gan_pruned.safetensors
 SERVE_ARGS ?=
 STREAM_ARGS ?=
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+BASE_IMAGE ?=
 SWEEP ?=
 QUICK ?=
 LADDER_ARGS ?=
@@ -20,7 +22,7 @@ MODELS := model_repository/generator/1/model.onnx
 EXPORT_CODE := pyproject.toml $(wildcard export/*.py $(foreach d,network onnx tensorrt verify data metrics,export/$(d)/*.py) export/verify/*.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export stream plans configs serve doctor dist demo lint format check test perf-tools sweep peers bench measure gpu ladder report evaluate clean
+.PHONY: help setup export stream plans configs serve doctor dist demo lint format check test test-deploy wheels images perf-tools sweep peers bench measure gpu ladder report evaluate clean
 
 help:  ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -76,10 +78,24 @@ format: setup  ## Put the code into the house's format
 	$(BIN)/ruff format .
 
 check: lint  ## Lint and the quick tests: what to run while changing things
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not server and not slow"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not server and not slow and not docker"
 
 test: lint $(MODELS)  ## Lint, unit tests, and end-to-end tests on the embedded server  [PYTEST_ARGS="-n 2 --dist loadfile"]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-deploy: $(MODELS) wheels  ## Build the images, run Compose with a server killed; needs Docker  [BASE_IMAGE=...]
+	REQUIRE_DOCKER=1 $(BIN)/python -m pytest -m docker tests/deploy/test_containers.py
+
+wheels: setup  ## Packages of the images, in the versions of .venv, into build/wheels
+	rm -rf build/lib build/wheels
+	$(BIN)/python -m pip freeze --quiet --exclude-editable | grep -v onnxruntime > build/constraints.txt
+	$(BIN)/python -m pip wheel --quiet --wheel-dir build/wheels --constraint build/constraints.txt pip . psutil 'numpy<2' \
+		onnxruntime==$$($(BIN)/python -c "import onnxruntime; print(onnxruntime.__version__)")
+	$(BIN)/python -m pip wheel --quiet --wheel-dir build/wheels --constraint build/constraints.txt --no-deps nvidia-pytriton
+
+images: $(MODELS) wheels  ## Container images of the embedded server and of the client; needs Docker  [BASE_IMAGE=...]
+	for target in client server; do docker build --file deploy/Dockerfile --target $$target --tag mst-gan-$$target:$(VERSION) \
+		$(if $(BASE_IMAGE),--build-arg BASE=$(BASE_IMAGE)) . || exit; done
 
 perf-tools: setup  ## Get a perf_analyzer that runs here (needs no root)
 	$(BIN)/python -m perf.analyzer

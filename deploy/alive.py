@@ -1,8 +1,9 @@
 """Whether a server still answers: a few tiny frames through the ensemble.
 
-Triton's own health checks stay green after a model instance has died. This probe is for Docker's ``HEALTHCHECK`` and
-Kubernetes' liveness, in any image with Python: it needs the standard library alone. It sends several requests, one
-after another, so that every instance gets some. A server that is busy, and answers others meanwhile, is alive.
+Triton's own health checks stay green after a model instance has died. This probe is for Docker's
+``HEALTHCHECK`` and Kubernetes' liveness, in any image with Python: it needs the standard library alone. It
+sends several requests, one after another, so that every instance gets some. A server that is busy, and
+answers others meanwhile, is alive.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def call(url: str, path: str, timeout_s: float, body: dict[str, Any] | None = No
     """Status and content of an answer; a POST where there is a body."""
     connection = http.client.HTTPConnection(url, timeout=timeout_s)
     try:
-        connection.request("POST" if body else "GET", path, body and json.dumps(body))
+        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -83,7 +84,9 @@ def probe(url: str, model: str, requests: int, timeout_s: float) -> str:
             status, problem = BUSY[0], f"no answer in {timeout_s:g} s"
         if status in BUSY:
             if frames_done(url, model, timeout_s) == before:
-                raise NotAliveError(f"expected an answer from {model}, found {problem}, and no other frame done")
+                raise NotAliveError(
+                    f"expected an answer from {model}, found {problem}, and no other frame done"
+                )
             return f"{model} is busy and answers others ({problem})"
         if status != http.client.OK:
             raise NotAliveError(f"expected an answer from {model}, found {problem}")
@@ -101,7 +104,7 @@ def main() -> None:
     try:
         sys.stdout.write(probe(options.url, options.model, options.requests, options.timeout) + "\n")
     except (NotAliveError, OSError, http.client.HTTPException, ValueError, LookupError) as err:
-        sys.exit(f"not alive: {err!r}" if not isinstance(err, NotAliveError) else f"not alive: {err}")
+        sys.exit(f"not alive: {err if isinstance(err, NotAliveError) else repr(err)}")
 
 
 if __name__ == "__main__":

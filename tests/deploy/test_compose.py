@@ -13,12 +13,13 @@ import tritonclient.grpc as grpcclient
 from toy_models import build_busy_repository
 from tritonclient.utils import InferenceServerException
 
-from deploy import doctor
+from deploy import doctor, servers
 from deploy.embedded.server import TritonServer
 
 COMPOSE = Path(doctor.__file__).with_name("compose.yaml")
 SECRET = "some-secret"
-NEWER_FLAGS = ("--allow-client-shm",)  # than the embedded server
+SERVERS = ("gpu", "cpu-1", "cpu-2")
+FRONT = ("proxy", "prometheus", "grafana")
 
 
 def service(name: str) -> dict[str, Any]:
@@ -26,9 +27,8 @@ def service(name: str) -> dict[str, Any]:
     import yaml
 
     text = COMPOSE.read_text()
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace(
-        "${TRITON_ADMIN_KEY:?set it to a secret}", SECRET
-    )
+    text = text.replace("${TRITON_ADMIN_KEY:?set it to a secret}", SECRET)
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
     assert "${" not in text
     found: dict[str, Any] = yaml.safe_load(text)["services"][name]
     return found
@@ -44,28 +44,41 @@ def test_it_fits_the_schema_of_compose(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
     wrong = tmp_path / "compose.yaml"
-    wrong.write_text(COMPOSE.read_text().replace("read_only: true\n  cap", "read_only: 7\n  cap"))
+    wrong.write_text(COMPOSE.read_text().replace("read_only: true\n  cap", "read_only: 7\n  cap", 1))
     assert check_schema(wrong).returncode == 1
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu"])
-def test_every_server_is_hardened(name: str) -> None:
+@pytest.mark.parametrize("name", [*SERVERS, *FRONT])
+def test_every_container_is_hardened(name: str) -> None:
+    found = service(name)
+
+    assert found["user"].split(":")[0] != "0"
+    assert found["read_only"] is True
+    assert found["cap_drop"] == ["ALL"]
+    assert found["security_opt"] == ["no-new-privileges:true"]
+    assert all(port.startswith("127.0.0.1:") for port in found["ports"])
+    assert all(volume["read_only"] for volume in found.get("volumes", []) if volume["type"] == "bind")
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_every_server_keeps_to_itself_and_is_probed_with_frames(name: str) -> None:
     server = service(name)
 
-    assert server["user"] == "1000:1000"
-    assert server["read_only"] is True
-    assert server["cap_drop"] == ["ALL"]
-    assert server["security_opt"] == ["no-new-privileges:true"]
-    assert all(port.startswith("127.0.0.1:") for port in server["ports"])
-    assert all(volume["read_only"] for volume in server["volumes"])
-    assert server["profiles"] == [name]
-    assert "--allow-client-shm=false" in server["command"]
-    release = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:([\d.]+)-py3", server["image"])
-    assert release and list(doctor.SECURITY_FIXES.values())[-1].endswith(f"({release[1]})")
+    assert server["profiles"] == [name.partition("-")[0]]
+    restricted = [argument for argument in server["command"] if "restricted" in argument]
+    assert len(restricted) == 2 and all("model-repository" in argument for argument in restricted)
+    # The embedded server's version cannot turn clients' shared memory off.
+    assert "--allow-client-shm=false" in server["command"] or all("shared-memory" in a for a in restricted)
+    assert server["healthcheck"]["test"][-1] == "/opt/mst-gan/deploy/alive.py"
+
+
+def test_nvidias_release_has_all_security_fixes() -> None:
+    release = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:([\d.]+)-py3", service("gpu")["image"])
+    assert release and list(servers.SECURITY_FIXES.values())[-1].endswith(f"({release[1]})")
 
 
 def test_it_does_not_start_without_a_secret() -> None:
-    assert len(re.findall(r"admin-key=\$\{TRITON_ADMIN_KEY:\?", COMPOSE.read_text())) == 2
+    assert len(re.findall(r"admin-key=\$\{TRITON_ADMIN_KEY:\?", COMPOSE.read_text())) == 4
 
 
 def test_memory_pools_are_large_enough_for_the_largest_frames() -> None:
@@ -80,11 +93,7 @@ def test_memory_pools_are_large_enough_for_the_largest_frames() -> None:
 def test_triton_takes_its_arguments_and_keeps_administration_to_who_has_the_secret(tmp_path: Path) -> None:
     models = tmp_path / "model_repository"
     build_busy_repository(models)
-    arguments = [
-        argument
-        for argument in service("cpu")["command"][1:]
-        if not argument.startswith(("--model-repository=", *NEWER_FLAGS))
-    ]
+    arguments = service("cpu-1")["command"]
 
     with (
         TritonServer(models, tmp_path / "triton.log", *arguments) as server,

@@ -51,14 +51,14 @@ def ask(proxy: Proxy) -> dict[str, Finding]:
 
 
 def test_a_proxy_that_cuts_messages_at_4_mb(tmp_path: Path, triton: Answering) -> None:
-    with nginx(tmp_path, [triton], **{"client_max_body_size 64m": "client_max_body_size 4m"}) as proxy:
+    with nginx(tmp_path, [triton.url], **{"client_max_body_size 64m": "client_max_body_size 4m"}) as proxy:
         finding = ask(proxy)["message size"]
     assert finding.level == "error" and finding.text.startswith("requests of more than 4 MB do not pass")
     assert finding.fix.endswith("nginx: client_max_body_size 64m")
 
 
 def test_a_proxy_as_it_should_be(tmp_path: Path, triton: Answering) -> None:
-    with nginx(tmp_path, [triton]) as proxy:
+    with nginx(tmp_path, [triton.url]) as proxy:
         found = ask(proxy)
     assert set(found) == {"certificate", "clock", "server", "client memory", "release", "message size"}
     assert {name for name, finding in found.items() if finding.level != "ok"} == {"client memory"}
@@ -92,7 +92,7 @@ def test_the_embedded_server(toy_server: TritonServer) -> None:
 def test_a_certificate_out_of_time(
     tmp_path: Path, triton: Answering, monkeypatch: pytest.MonkeyPatch, since: str, until: str, state: str
 ) -> None:
-    with nginx(tmp_path, [triton], since=since, until=until) as proxy:
+    with nginx(tmp_path, [triton.url], since=since, until=until) as proxy:
         finding = ask(proxy)["certificate"]
         assert finding.level == "error" and f"{state} by this machine's clock" in finding.text
         assert finding.fix.startswith("renew the certificate")
@@ -106,7 +106,7 @@ def test_a_certificate_out_of_time(
 
 
 def test_a_clock_that_is_off(tmp_path: Path, triton: Answering, monkeypatch: pytest.MonkeyPatch) -> None:
-    with nginx(tmp_path, [triton]) as proxy:
+    with nginx(tmp_path, [triton.url]) as proxy:
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + 3600)
         found = ask(proxy)
@@ -116,7 +116,7 @@ def test_a_clock_that_is_off(tmp_path: Path, triton: Answering, monkeypatch: pyt
 
 
 def test_an_unknown_authority(tmp_path: Path, triton: Answering) -> None:
-    with nginx(tmp_path, [triton]) as proxy:
+    with nginx(tmp_path, [triton.url]) as proxy:
         url = f"grpcs://localhost:{proxy.port}"
         found = list(servers.check_servers([url], Security(token=TOKEN), 0))
     assert (found[-1].check, found[-1].level, found[-1].fix) == ("certificate", "error", "--tls-ca FILE")

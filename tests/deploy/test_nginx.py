@@ -78,7 +78,7 @@ class Proxy:
 @contextmanager
 def nginx(
     folder: Path,
-    servers: list[FakeTriton],
+    addresses: list[str],
     *,
     since: str = "20200101",
     until: str = "20490101",
@@ -95,7 +95,7 @@ def nginx(
         text = text.replace(old, new)
     (folder / "nginx.conf").write_text(text)
     (folder / "servers.conf").write_text(
-        "".join(f"server {server.url} max_fails=1 fail_timeout=5s;\n" for server in servers)
+        "".join(f"server {address} max_fails=1 fail_timeout=5s;\n" for address in addresses)
     )
     (folder / "tokens.map").write_text(f'"Bearer {TOKEN}" 1;\n')
     make_certificate(folder, until, since)
@@ -137,7 +137,7 @@ def clip(tmp_path: Path) -> Path:
 
 def test_a_server_killed_in_the_middle_of_a_film_costs_no_frame(clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.mkv"
-    with FakeTriton() as first, FakeTriton() as second, nginx(tmp_path, [first, second]) as proxy:
+    with FakeTriton() as first, FakeTriton() as second, nginx(tmp_path, [first.url, second.url]) as proxy:
         killed = []
 
         def kill(count: int) -> None:
@@ -158,7 +158,7 @@ def test_a_server_killed_in_the_middle_of_a_film_costs_no_frame(clip: Path, tmp_
 
 
 def test_a_wrong_token_is_refused(clip: Path, tmp_path: Path) -> None:
-    with FakeTriton() as triton, nginx(tmp_path, [triton]) as proxy:
+    with FakeTriton() as triton, nginx(tmp_path, [triton.url]) as proxy:
         result = upscale(clip, tmp_path / "out.mkv", proxy, token="wrong")
         for token in (None, "wrong"):
             with proxy.stub(token) as stub, pytest.raises(grpc.RpcError) as refused:
@@ -169,7 +169,7 @@ def test_a_wrong_token_is_refused(clip: Path, tmp_path: Path) -> None:
 
 
 def test_an_expired_certificate_is_refused(clip: Path, tmp_path: Path) -> None:
-    with FakeTriton() as triton, nginx(tmp_path, [triton], until="20200201") as proxy:
+    with FakeTriton() as triton, nginx(tmp_path, [triton.url], until="20200201") as proxy:
         result = run_client(
             str(clip), str(tmp_path / "out.mkv"), "--url", f"grpcs://localhost:{proxy.port}",
             "--tls-ca", str(proxy.certificate), "--token", TOKEN, "--patience", "1",
@@ -182,7 +182,7 @@ def test_large_messages_and_too_many_are_refused(tmp_path: Path) -> None:
     limits = {"client_max_body_size 64m": "client_max_body_size 8m", "500r/s": "1r/m", "burst=500": "burst=2"}
     with (
         FakeTriton() as triton,
-        nginx(tmp_path, [triton], **limits) as proxy,
+        nginx(tmp_path, [triton.url], **limits) as proxy,
         proxy.stub() as stub,
     ):
         with pytest.raises(grpc.RpcError, match="413"):
@@ -195,7 +195,7 @@ def test_large_messages_and_too_many_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_changes_a_server_is_refused_and_the_status_is_on_loopback_alone(tmp_path: Path) -> None:
-    with FakeTriton() as triton, nginx(tmp_path, [triton]) as proxy:
+    with FakeTriton() as triton, nginx(tmp_path, [triton.url]) as proxy:
         with proxy.stub() as stub:
             for call, request in (
                 (stub.RepositoryIndex, service_pb2.RepositoryIndexRequest()),
