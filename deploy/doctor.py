@@ -122,42 +122,51 @@ def check_repository(repository: Path = REPOSITORY) -> Iterator[Finding]:
     if parts:
         text = f"an export ended before it was done: {', '.join(str(path) for path in parts)}"
         yield Finding("error", "repository", text, "make export")
-    ensemble = repository / spec.ENSEMBLE.name
-    if not (ensemble / "config.pbtxt").is_file():
-        yield Finding("error", spec.ENSEMBLE.name, f"{ensemble / 'config.pbtxt'} is missing", "make export")
-    elif not (ensemble / VERSION).is_dir():
-        text = f"the folder {ensemble / VERSION} is missing; Triton wants one even of an ensemble"
-        yield Finding("error", spec.ENSEMBLE.name, text, "make configs")
-    for stage in spec.STAGES:
-        folder = repository / stage.name
-        try:
-            config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
-        except (OSError, text_format.ParseError) as err:
-            yield Finding("error", stage.name, f"no readable config.pbtxt: {err}", "make configs")
-            continue
-        model = folder / VERSION / config.default_model_filename
-        if not model.parent.is_dir():
-            yield Finding("error", stage.name, f"the folder {model.parent} is missing", "make export")
-            continue
-        if not model.is_file():
-            yield Finding("error", stage.name, f"{model} is missing", "make export")
-            continue
-        try:
-            check_onnx(model, stage)
-        except ExportError as err:
-            yield Finding("error", stage.name, str(err), "make export")
-            continue
-        others = {
-            path.stem: any((folder / VERSION / name).is_file() for name in _files_of(path))
-            for path in sorted((folder / "configs").glob("*.pbtxt"))
-        }
-        ready = [name for name, there in others.items() if there]
-        same = [
-            path.name for path in sorted((folder / VERSION).glob("model.*.onnx"))
-            if path.stat().st_size == model.stat().st_size and path.read_bytes() == model.read_bytes()
-        ]  # fmt: skip
-        text = f"serves {model.name}{f' = {same[0]}' if same else ''}"
-        yield Finding("ok", stage.name, f"{text}; --model-config-name: {', '.join(ready) or 'none built'}")
+    ensembles: list[tuple[spec.ModelSpec, Sequence[spec.ModelSpec], str]]
+    ensembles = [(spec.ENSEMBLE, spec.STAGES, "make export")]
+    if any((repository / one.name).exists() for one in (spec.STREAM_ENSEMBLE, *spec.STREAM_STAGES)):
+        ensembles.append((spec.STREAM_ENSEMBLE, spec.STREAM_STAGES, "make stream"))
+    for ensemble, stages, command in ensembles:
+        folder = repository / ensemble.name
+        if not (folder / "config.pbtxt").is_file():
+            yield Finding("error", ensemble.name, f"{folder / 'config.pbtxt'} is missing", command)
+        elif not (folder / VERSION).is_dir():
+            text = f"the folder {folder / VERSION} is missing; Triton wants one even of an ensemble"
+            yield Finding(
+                "error", ensemble.name, text, "make configs" if ensemble == spec.ENSEMBLE else command
+            )
+        for stage in stages:
+            yield check_stage(repository, stage, command)
+
+
+def check_stage(repository: Path, stage: spec.ModelSpec, command: str) -> Finding:
+    """Whether a composing model is whole; ``command`` makes it."""
+    folder = repository / stage.name
+    try:
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
+    except (OSError, text_format.ParseError) as err:
+        fix = "make configs" if stage in spec.STAGES else command
+        return Finding("error", stage.name, f"no readable config.pbtxt: {err}", fix)
+    model = folder / VERSION / config.default_model_filename
+    if not model.parent.is_dir():
+        return Finding("error", stage.name, f"the folder {model.parent} is missing", command)
+    if not model.is_file():
+        return Finding("error", stage.name, f"{model} is missing", command)
+    try:
+        check_onnx(model, stage)
+    except ExportError as err:
+        return Finding("error", stage.name, str(err), command)
+    others = {
+        path.stem: any((folder / VERSION / name).is_file() for name in _files_of(path))
+        for path in sorted((folder / "configs").glob("*.pbtxt"))
+    }
+    ready = [name for name, there in others.items() if there]
+    same = [
+        path.name for path in sorted((folder / VERSION).glob("model.*.onnx"))
+        if path.stat().st_size == model.stat().st_size and path.read_bytes() == model.read_bytes()
+    ]  # fmt: skip
+    text = f"serves {model.name}{f' = {same[0]}' if same else ''}"
+    return Finding("ok", stage.name, f"{text}; --model-config-name: {', '.join(ready) or 'none built'}")
 
 
 def check_plans(

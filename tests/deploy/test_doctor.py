@@ -126,6 +126,13 @@ def test_repository(repository: Path) -> None:
     assert generator.text == "serves model.onnx = model.fp32.onnx; --model-config-name: fp32"
 
 
+def test_a_repository_with_half_of_the_streams(repository: Path) -> None:
+    (repository / "stream_align").mkdir()
+    found = {one.check: one for one in doctor.check_repository(repository) if one.level == "error"}
+    assert set(found) == {"mst_gan_stream", "stream_align", "stream_generator"}
+    assert {finding.fix for finding in found.values()} == {"make stream"}
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
