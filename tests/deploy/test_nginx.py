@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import ssl
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,14 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import yaml
 from client_fakes import LOSSLESS, FakeTriton, decoded, nearest, pictures, run_client, write_clip
 from requirements import missing
+from server_load import executions
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from deploy import doctor
-from deploy.embedded.server import free_ports
+from deploy.embedded.server import TritonServer, free_ports
 
 CONFIGURATION = Path(doctor.__file__).with_name("nginx") / "nginx.conf"
 TOKEN = "a-token-of-the-tests"
@@ -157,6 +161,36 @@ def test_a_server_killed_in_the_middle_of_a_film_costs_no_frame(clip: Path, tmp_
         assert np.array_equal(found, nearest(np.stack([image] * 3)[None])[0])
 
 
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_real_server_killed_in_the_middle_of_a_film_costs_no_frame(
+    toy_repository: Path, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "in.mkv", pictures(120), codec="ffv1", pix_fmt="bgr0")
+    proxied, alone = tmp_path / "out.mkv", tmp_path / "alone.mkv"
+    with (
+        TritonServer(toy_repository, tmp_path / "first.log") as first,
+        TritonServer(toy_repository, tmp_path / "second.log") as second,
+        nginx(tmp_path, [first.grpc_url, second.grpc_url]) as proxy,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        film = pool.submit(upscale, clip, proxied, proxy)
+        deadline = time.monotonic() + PATIENCE_S
+        while executions(second, "mst_gan")[0] < 10:
+            assert not film.done() and time.monotonic() < deadline
+        second.process.kill()
+        result = film.result(PATIENCE_S)
+        assert result.exit_code == 0, result.output
+        by_first, _ = executions(first, "mst_gan")
+        assert 10 < by_first < 120  # and the rest by the second
+        result = run_client(str(clip), str(alone), "--url", first.grpc_url, *LOSSLESS)
+        assert result.exit_code == 0, result.output
+    frames = decoded(proxied)
+    assert len(frames) == 120
+    for found, expected in zip(frames, decoded(alone), strict=True):
+        assert np.array_equal(found, expected)
+
+
 def test_a_wrong_token_is_refused(clip: Path, tmp_path: Path) -> None:
     with FakeTriton() as triton, nginx(tmp_path, [triton.url]) as proxy:
         result = upscale(clip, tmp_path / "out.mkv", proxy, token="wrong")
@@ -214,3 +248,22 @@ def test_what_changes_a_server_is_refused_and_the_status_is_on_loopback_alone(tm
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(public, timeout=PATIENCE_S, context=context)
     assert "listen 127.0.0.1:8444" in CONFIGURATION.read_text()
+
+
+def test_envoys_example_lets_the_same_through() -> None:
+    envoy = (CONFIGURATION.parents[1] / "envoy" / "envoy.yaml").read_text()
+    found = yaml.safe_load(envoy)
+    assert found["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
+    (listener,) = found["static_resources"]["listeners"]
+    (chain,) = listener["filter_chains"]
+    assert chain["transport_socket"]["name"] == "envoy.transport_sockets.tls"
+    (manager,) = chain["filters"]
+    names = [one["name"].rpartition(".")[2] for one in manager["typed_config"]["http_filters"]]
+    assert names == ["rbac", "local_ratelimit", "buffer", "router"]  # the token first
+    methods = [
+        set(re.search(r"GRPCInferenceService/\(([\w|]+)\)", text)[1].split("|"))
+        for text in (envoy, CONFIGURATION.read_text())
+    ]
+    assert methods[1] - methods[0] == {"ModelStreamInfer"} and methods[0] < methods[1]
+    assert "client_max_body_size 64m" in CONFIGURATION.read_text()
+    assert manager["typed_config"]["http_filters"][2]["typed_config"]["max_request_bytes"] == 64 << 20
