@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,13 @@ MADE_BY = {"made by": "mst-gan-upscale"}  # first entry of the manifest, which t
 DAMAGED_START = '{\n  "made by"'
 
 LOCK, MANIFEST, DRAFT = "lock", "manifest.json", "manifest.draft"
+JOINED = "joined"
+TOKEN = r"(\.[0-9a-f]{16})?"  # releases up to 0.2 had none
+OURS = re.compile(
+    rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|{LEASE}(\.[0-9a-f]+)?|{JOINED}{TOKEN}(\.\w+)?"
+    rf"|(\d{{6,}}|rehearsal){TOKEN}\.(segment|unfinished|record|draft)"
+)
+"""Names that are ever deleted."""
 LOCKED = (errno.EWOULDBLOCK, errno.EACCES)  # what flock answers where another process has the lock
 
 log = logging.getLogger(__name__)
@@ -52,10 +61,8 @@ class ResumeState:
     ) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".part")
-        self._ours = re.compile(
-            rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|(\d{{6,}}|rehearsal)\.(segment|unfinished|record|draft)"
-            rf"|{LEASE}(\.[0-9a-f]+)?|{re.escape(self.joined.name)}|joined\.\w+"
-        )
+        self.joined = self.folder / f"{JOINED}.{secrets.token_hex(8)}{out.suffix}"
+        """Where the output is put together. No other run has it open, be it one that was taken for dead."""
         self._lease = Lease(self.folder, out)
         self._lock = self._hold()
         try:
@@ -237,10 +244,13 @@ class ResumeState:
         """Where a segment lies once it is finished."""
         return self.folder / f"{index:06d}.segment"
 
-    @property
-    def joined(self) -> Path:
-        """Where the output is put together; its suffix is the output's."""
-        return self.folder / f"joined{self.out.suffix}"
+    def check(self) -> None:
+        """Return if the folder is still this run's.
+
+        Raises:
+            HeldError: Another run has taken over the folder.
+        """
+        self._lease.check()
 
     def finish(self) -> None:
         """Give the joined file its final name, or the files in a joined folder; then clear up.
@@ -267,14 +277,15 @@ class ResumeState:
         if foreign:
             log.warning("left %s in %s, which this program did not make", ", ".join(foreign), self.folder)
         elif not self.folder.is_symlink():
-            self.folder.rmdir()
+            with suppress(OSError):  # a run that was taken for dead has just left something
+                self.folder.rmdir()
 
     def _remove_ours(self, keep: tuple[str, ...] = ()) -> None:
         """Delete our files, segments from the last to the first: what a crash leaves has no gap."""
         for path in sorted(self.folder.iterdir(), reverse=True):
-            if not self._ours.fullmatch(path.name) or path.name in (*keep, MANIFEST, LOCK, LEASE):
+            if not OURS.fullmatch(path.name) or path.name in (*keep, MANIFEST, LOCK, LEASE):
                 continue
-            if path == self.joined and path.is_dir() and not path.is_symlink():
+            if path.name.startswith(JOINED) and path.is_dir() and not path.is_symlink():
                 for image in path.glob("*.png"):
                     image.unlink()
                 if not any(path.iterdir()):

@@ -170,6 +170,7 @@ class Run:
             except HeldError:
                 raise
             except UpscaleError as err:
+                part.check()  # what went wrong may be that another run has taken over
                 frames = len(part.record().pts)
                 state = f"{frames} frames are kept in {part.folder}, the same command goes on from there"
                 if source.is_pipe:

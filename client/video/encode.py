@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -186,7 +187,8 @@ def write_segment(path: Path, hr_frames: Iterable[Image], picture: Picture, enco
     round them.
 
     Args:
-        path: Of the segment; a file ``.unfinished`` beside it is written first.
+        path: Of the segment; a file ``.unfinished`` beside it is written first, under a name that no other
+            process has: one that stood still and was taken for dead may come back and write on.
         hr_frames: (H, W, 3) uint8 RGB each; at least one.
         picture: Of the hr clip.
         encoding: How to encode.
@@ -194,7 +196,7 @@ def write_segment(path: Path, hr_frames: Iterable[Image], picture: Picture, enco
     Returns:
         The number of frames written.
     """
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{secrets.token_hex(8)}.unfinished")
     with av.open(file_url(unfinished), "w", format=encoding.codec.segment_format) as container:
         count = encode(container, hr_frames, picture, encoding)
     rename(unfinished, path)

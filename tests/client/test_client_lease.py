@@ -6,7 +6,9 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,10 @@ from mst_gan_client.errors import HeldError
 from mst_gan_client.lease import LEASE, LEASE_S, Holder
 from mst_gan_client.record import Record
 from mst_gan_client.resume import LOCK, ResumeState
+from mst_gan_client.video.decode import Video
+from mst_gan_client.video.encode import encoding_from_options, write_segment
+from mst_gan_client.video.source import Source
+from mst_gan_client.video.streams import EVERY_STREAM
 
 ELSEWHERE = Holder("other-machine", "another boot", 1, "0123456789abcdef")
 
@@ -165,3 +171,50 @@ def test_a_dead_workers_film_is_taken_over(tmp_path, films, triton, monkeypatch)
     assert result.exit_code == 0, result.output
     assert len(decoded(out / "a.mkv")) == 3
     assert not path.parent.exists()
+
+
+def test_a_run_whose_folder_is_gone_says_that_another_took_over(tmp_path, triton):
+    """It stood still, and the other run has finished meanwhile."""
+    clip = write_clip(tmp_path / "in.mkv", pictures(20), codec="ffv1", pix_fmt="bgr0")
+    out = tmp_path / "out.mkv"
+
+    def take_over(count):
+        if count == 12:
+            shutil.rmtree(tmp_path / "out.mkv.part")
+
+    triton.before_answer = take_over
+    result = run_client(clip, out, "--url", triton.url, "--segment-frames", 4)
+    assert result.exit_code == 1
+    assert f"another run has taken over {out}" in result.output.splitlines()[-1]
+
+
+def test_two_runs_on_one_segment_write_two_files(tmp_path):
+    """One that was taken for dead comes back in the middle of a segment that the other has written."""
+    folder, images = tmp_path / "out.mkv.part", pictures(8)
+    folder.mkdir()
+    path, encoding = folder / "000003.segment", encoding_from_options("ffv1", None, None, None)
+    clip = write_clip(tmp_path / "in.mkv", images, codec="ffv1", pix_fmt="bgr0")
+    with Video(Source(clip, Fraction(25)), EVERY_STREAM) as video:
+        picture = video.picture
+
+    def resumed():
+        yield from images[:4]
+        write_segment(path, images, picture, encoding)
+        finished = path.read_bytes()
+        yield from images[4:]
+        assert path.read_bytes() == finished
+
+    write_segment(path, resumed(), picture, encoding)
+    assert len(decoded(path)) == 8
+    assert list(folder.iterdir()) == [path]
+
+
+def test_two_runs_on_one_output_put_it_together_in_two_files(out):
+    with ResumeState(out, {"input": "x"}, {}) as one:
+        first = one.joined
+    with ResumeState(out, {"input": "x"}, {}) as two:
+        assert two.joined != first and two.joined.suffix == out.suffix
+        first.write_bytes(b"of the run before")
+        two.joined.write_bytes(b"whole")
+        two.finish()
+    assert out.read_bytes() == b"whole" and not two.folder.exists()
