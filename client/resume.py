@@ -29,7 +29,7 @@ LOCK, MANIFEST, DRAFT = "lock", "manifest.json", "manifest.draft"
 JOINED = "joined"
 TOKEN = r"(\.[0-9a-f]{16})?"  # releases up to 0.2 had none
 OURS = re.compile(
-    rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|{LEASE}(\.[0-9a-f]+)?|{JOINED}{TOKEN}(\.\w+)?"
+    rf"{LOCK}|{re.escape(MANIFEST)}|{re.escape(DRAFT)}|{LEASE}(\.[0-9a-f]+)?|{JOINED}(-[0-9a-f]{{16}})?(\.\w+)?"
     rf"|(\d{{6,}}|rehearsal){TOKEN}\.(segment|unfinished|record|draft)"
 )
 """Names that are ever deleted."""
@@ -61,7 +61,7 @@ class ResumeState:
     ) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".part")
-        self.joined = self.folder / f"{JOINED}.{secrets.token_hex(8)}{out.suffix}"
+        self.joined = self.folder / f"{JOINED}-{secrets.token_hex(8)}{out.suffix}"
         """Where the output is put together. No other run has it open, be it one that was taken for dead."""
         self._lease = Lease(self.folder, out)
         self._lock = self._hold()
