@@ -54,9 +54,9 @@ def test_it_is_red_where_nothing_listens() -> None:
 
 
 @contextmanager
-def busy_server(others: int, status: int) -> Iterator[str]:
-    """A server that answers no request of ours, and ``others`` of others each time that it is asked."""
-    done = 0
+def busy_server(others: int, status: int, ours: int = 0) -> Iterator[str]:
+    """A server that answers ``ours`` first requests, and ``others`` of others each time that it is asked."""
+    done, left = 0, ours
     over = threading.Event()
 
     class Answers(BaseHTTPRequestHandler):
@@ -70,6 +70,11 @@ def busy_server(others: int, status: int) -> Iterator[str]:
             self.answer(http.client.OK, json.dumps(body))
 
         def do_POST(self) -> None:
+            nonlocal done, left
+            if left:
+                done, left = done + 1, left - 1
+                self.answer(http.client.OK, "{}")
+                return
             if not status:
                 over.wait(PATIENCE_S)
             self.answer(status or http.client.OK, "{}")
@@ -99,3 +104,9 @@ def test_a_busy_server_is_alive_and_a_stalled_one_is_not(others: int, code: int,
         result = run(url, "--timeout", "1")
     assert result.returncode == code, result.stdout + result.stderr
     assert ("busy" in result.stdout) == (code == 0)
+
+
+def test_its_own_frames_do_not_hide_that_an_instance_stalls() -> None:
+    with busy_server(others=0, status=0, ours=3) as url:
+        result = run(url, "--timeout", "1")
+    assert result.returncode == 1 and "no other frame" in result.stderr
