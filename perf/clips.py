@@ -51,11 +51,14 @@ def padded(size: Size, multiple_of: int) -> Size:
     return height, width
 
 
-def write_input_data(path: Path, name: str, inputs: Frames) -> None:
-    """Write windows, (T, window, H, W, 3) uint8, as tensor ``name`` of perf_analyzer's ``--input-data``."""
+def write_input_data(path: Path, name: str, inputs: Frames, *, in_sequence: bool = False) -> None:
+    """Write windows, (T, window, H, W, 3) uint8, as tensor ``name`` of perf_analyzer's ``--input-data``.
+
+    Or a sequence of frames, (T, H, W, 3) uint8.
+    """
     data = [
         {name: {"b64": base64.b64encode(one.tobytes()).decode(), "shape": list(one.shape)}} for one in inputs
     ]
     part = path.with_suffix(f".{os.getpid()}.part")  # whole or not at all: two runs may share the folder
-    part.write_text(json.dumps({"data": data}))
+    part.write_text(json.dumps({"data": [data] if in_sequence else data}))
     part.replace(path)

@@ -27,10 +27,12 @@ from perf.results import PerfError, one_line
 MODELS = ROOT / "model_repository"
 CHECKPOINTS = ROOT / "export" / "checkpoints"
 WORK = ROOT / "build" / "perf"  # kept, so that a command pasted later finds its frames
-ENSEMBLE, GENERATOR = "mst_gan", "generator"
+ENSEMBLES = {"mst_gan": "generator", "mst_gan_stream": "stream_generator"}  # the first that is there
+STREAM = "stream"  # weights of the second
 VERSION = "1"
 GPU_TARGETS = {"cuda", "tensorrt"}
 REQUESTS = 8  # different windows of one input file, sent in turns
+SEQUENCE = 48  # frames of the one sequence of an input file; as many run at once as requests are in flight
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +58,15 @@ class Repository:
             chosen = model / "configs" / f"{target}.pbtxt"
             text = (chosen if target and chosen.is_file() else model / "config.pbtxt").read_text()
             self.configs[model.name] = text_format.Parse(text, pb.ModelConfig())
-        if ENSEMBLE not in self.configs:
-            raise PerfError(f"expected {ENSEMBLE}/config.pbtxt in {path}, found none: run `make export`")
-        ensemble, generator = self.configs[ENSEMBLE], self.configs[GENERATOR]
+        self.model = next(filter(self.configs.__contains__, ENSEMBLES), None) or ""
+        if not self.model:
+            raise PerfError(f"expected mst_gan/config.pbtxt in {path}, found none: run `make export`")
+        ensemble, generator = self.configs[self.model], self.configs[ENSEMBLES[self.model]]
+        self.is_recurrent = generator.HasField("sequence_batching")
         self.steps = ensemble.ensemble_scheduling.step
         self.input_name, self.output_name = ensemble.input[0].name, ensemble.output[0].name
-        numbers = {
-            key: int(ensemble.parameters[key].string_value) for key in ("window", "scale", "multiple_of")
-        }
+        published = {key: value.string_value for key, value in ensemble.parameters.items()}
+        numbers = {key: int(published.get(key, 1)) for key in ("window", "scale", "multiple_of")}
         self.window, self.scale, self.multiple_of = numbers.values()
         self.committed = {
             "queue_delay_us": generator.dynamic_batching.max_queue_delay_microseconds,
@@ -91,13 +94,14 @@ class Repository:
     def load(self, url: str, size: Size) -> Load:
         """Requests of one size, (height, width), with real frames from a file that is written once."""
         height, width = clips.padded(size, self.multiple_of)
-        path = WORK / f"windows_{height}x{width}.json"
+        path = WORK / f"{'sequence' if self.is_recurrent else 'windows'}_{height}x{width}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            frames = clips.read_frames(REQUESTS, (height, width))
-            clips.write_input_data(path, self.input_name, clips.windows(frames, self.window))
+            frames = clips.read_frames(SEQUENCE if self.is_recurrent else REQUESTS, (height, width))
+            inputs = frames if self.is_recurrent else clips.windows(frames, self.window)
+            clips.write_input_data(path, self.input_name, inputs, in_sequence=self.is_recurrent)
         answer = height * width * self.scale**2 * 3  # RGB bytes
-        return Load(url, ENSEMBLE, path, answer)
+        return Load(url, self.model, path, answer)
 
 
 def checkpoint(weights: str, folder: Path = CHECKPOINTS) -> Path:
@@ -119,10 +123,11 @@ def repository_of(serving: Serving, path: Path = MODELS) -> Repository:
 def _exported(weights: str, target: str) -> Path:
     folder = WORK / f"{weights}-{target}"
     folder.mkdir(parents=True, exist_ok=True)
-    # Without the speed gate, which would leave a slower precision out: how fast it is, is the question.
-    command = [sys.executable, "-m", "export", "build", "--checkpoint", str(checkpoint(weights))]
-    command += ["--repository", str(folder / "models"), "--build", str(folder / "onnx")]
-    command += ["--target", target, "--no-speed-gate"]
+    command = [sys.executable, "-m", "export", "build-stream" if weights == STREAM else "build"]
+    command += ["--repository", str(folder / "models"), "--build", str(folder / "onnx"), "--target", target]
+    if weights != STREAM:
+        # Without the speed gate, which would leave a slower precision out: how fast it is, is the question.
+        command += ["--checkpoint", str(checkpoint(weights)), "--no-speed-gate"]
     log.info("%s > %s", shlex.join(command), folder / "export.log")
     with (folder / "export.log").open("w") as output:
         run = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
