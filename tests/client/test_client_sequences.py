@@ -19,7 +19,7 @@ from toy_stream import sequence_answers
 from mst_gan_client import Upscaler
 from mst_gan_client.frames.sequences import LEAST_FRAMES, MOST_FRAMES, sequence_length, sequences
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 COUNT, SEGMENT = 60, 12
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
