@@ -306,7 +306,7 @@ def test_a_precision_that_costs_too_much_is_not_installed(built: Path, tmp_path:
     head.CopyFrom(onnx.numpy_helper.from_array(-8 * onnx.numpy_helper.to_array(head), head.name))
     onnx.save(model, tmp_path / "wrong.onnx")
     wrong[spec.STREAM_GENERATOR.name] = tmp_path / "wrong.onnx"
-    with pytest.raises(ExportError, match=r"loses .* dB \(at most 0.1\\). Nothing was installed"):
+    with pytest.raises(ExportError, match=r"loses .* dB \(at most 0.1\). Nothing was installed"):
         Report(tmp_path).check("precisions", [sequences.compare_precision(INT8, wrong, stages(built))])
 
 
