@@ -13,8 +13,8 @@ QUICK ?=
 LADDER_ARGS ?=
 GPU_ARGS ?=
 EVALUATE_ARGS ?=
-# Four files of tests at a time, on two cores too: many of them wait more than they compute.
-PYTEST_ARGS ?= -n 4 --dist loadfile
+# Five files of tests at a time, on two cores too: many of them wait more than they compute.
+PYTEST_ARGS ?= -n 5 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -298,8 +298,11 @@ def test_the_repository_has_all_of_the_ensemble(built: Path) -> None:
     assert (models / spec.STREAM_ENSEMBLE.name / "config.pbtxt").read_text() == text
 
 
-def test_a_precision_that_costs_too_much_is_not_installed(built: Path, tmp_path: Path) -> None:
+def test_a_precision_that_costs_too_much_is_not_installed(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An INT8 generator of other weights stands for one that went wrong."""
+    monkeypatch.setattr(sequences, "FRAMES", 6)
     wrong = {**stages(built, INT8), spec.STREAM_GENERATOR.name: stages(built)[spec.STREAM_GENERATOR.name]}
     model = onnx.load(wrong[spec.STREAM_GENERATOR.name])
     head = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
