@@ -214,8 +214,8 @@ def test_a_budget_of_memory_bounds_the_sequences_under_way(clip, tmp_path, trito
 
 
 def test_the_length_of_sequences():
-    assert sequence_length(3 * 1280 * 720, 100) == 34  # three of 34, 34, 32
-    assert sequence_length(3 * 1280 * 720, 48) == MOST_FRAMES
+    assert sequence_length(3 * 1280 * 720, 100) == MOST_FRAMES
+    assert sequence_length(3 * 1280 * 720, 101) == 34  # three of 34, 34, 33
     assert sequence_length(3 * 5120 * 2880, 100) == 20  # what a GB holds: 24, in equal parts
     assert sequence_length(1 << 40, 100) == LEAST_FRAMES
     assert sequence_length(1000, 7) == 7
