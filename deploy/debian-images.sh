@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Base images from Debian's packages, for where no registry can be reached; needs root and debootstrap.
-#   deploy/debian-images.sh                  and then: make test-deploy
+#   deploy/debian-images.sh && BASE_IMAGE=mst-gan-base:bookworm NGINX_IMAGE=mst-gan-tools:bookworm \
+#       PROMETHEUS_IMAGE=mst-gan-tools:bookworm make test-deploy
 set -euo pipefail
 make_image() {  # TAG PACKAGES [CHANGE...]
     local folder
