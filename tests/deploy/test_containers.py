@@ -210,7 +210,7 @@ def test_a_film_survives_a_killed_server_bit_for_bit(
         assert np.array_equal(expected, found)
     assert inspect(container("cpu-2"))["State"]["Running"] is False
     wait_until(lambda: len(query(stack, 'up{job="triton"} == 1')) == 1, "lost server in Prometheus")
-    assert query(stack, "mst_gan:frames:rate1m")
+    wait_until(lambda: bool(query(stack, "mst_gan:frames:rate1m")), "recorded rate in Prometheus")
 
 
 def test_the_health_check_turns_red_when_an_instance_is_dead(stack: dict[str, int]) -> None:
