@@ -13,6 +13,8 @@ import pytest
 from client_fakes import LOSSLESS, FakeTriton, decoded, frame_times, run_client
 from ffmpeg import ffmpeg
 
+pytestmark = pytest.mark.slow
+
 COUNT = 6  # frames of each part
 X264 = ("-c:v", "libx264", "-qp", "0", "-preset", "ultrafast")
 VP8 = ("-c:v", "libvpx", "-b:v", "4M", "-qmin", "0", "-qmax", "4", "-deadline", "realtime", "-cpu-used", "8")

@@ -10,6 +10,8 @@ from client_fakes import FakeTriton, decoded, nearest, pictures, run_client, wri
 
 from mst_gan_client.video.color import BT470BG, BT709, BT2020_NCL, SMPTE170M, SMPTE240M, UNSPECIFIED
 
+pytestmark = pytest.mark.slow
+
 # The standards' own weights of red and blue in luma: the truth that swscale and our tags are held against.
 LUMA = {
     BT709: (0.2126, 0.0722),

@@ -15,6 +15,8 @@ from requirements import missing
 from mst_gan_client.reports.compare import resized
 from mst_gan_client.reports.scores import luma, psnr_db, ssim
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def clip(tmp_path):

@@ -20,6 +20,8 @@ from client_fakes import (
 
 from mst_gan_client.options import height_and_width, seconds
 
+pytestmark = pytest.mark.slow
+
 COUNT = 50
 
 

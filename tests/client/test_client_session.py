@@ -17,6 +17,8 @@ from mst_gan_client.serving.contract import contract_from_config, instance_count
 from mst_gan_client.serving.server import Server
 from mst_gan_client.serving.session import Session
 
+pytestmark = pytest.mark.slow
+
 
 def lr_windows(count, size=(16, 16)):
     return [np.full((3, *size, 3), t % 256, np.uint8) for t in range(count)]

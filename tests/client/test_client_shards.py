@@ -17,6 +17,8 @@ from requirements import missing
 from mst_gan_client.resume import ResumeState
 from mst_gan_client.shard import Shard
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 COUNT = 50
 CUTS = (13, 14, 28, 40)  # frames that begin a shot: inside a shard, and where shards of 14 frames meet

@@ -13,6 +13,8 @@ from ffmpeg import FILM, H264, TONE, ffmpeg
 
 from mst_gan_client.options import streams
 
+pytestmark = pytest.mark.slow
+
 SUBTITLES = (
     "1\n00:00:00,080 --> 00:00:00,240\nHello <i>there</i>\n\n2\n00:00:00,320 --> 00:00:00,480\nworld\n"
 )

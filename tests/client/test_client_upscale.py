@@ -31,6 +31,8 @@ from client_fakes import (
 
 from mst_gan_client.video.encode import same_scheduling
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "client" / "upscale.py"
 
 

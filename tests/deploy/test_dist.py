@@ -20,6 +20,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 from deploy import dist
 from export import spec
 
+pytestmark = pytest.mark.slow
+
 RELEASE = metadata.version("mst-gan-triton")
 TIME_S = 1_700_000_001
 

@@ -29,7 +29,7 @@ STEPS = 4
 CPU = torch.device("cpu")
 
 
-pytestmark = pytest.mark.usefixtures("tiny_widths")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_widths")]
 
 
 @pytest.fixture(scope="module")

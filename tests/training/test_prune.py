@@ -25,6 +25,8 @@ from export.training.config import Config
 from export.training.prune import Group, SparseTrainer, find_groups, finish, prune, shrink_, taylor
 from export.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 WIDE = replace(
     TINY, name="wide", encoder_inner=(12, 16, 20, 24),
     context_inner=16, body_inner=(12,), up=16,

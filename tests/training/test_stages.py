@@ -21,7 +21,7 @@ from export.training.trainer import EMA_FILE, Trainer
 STEPS = 4
 
 
-pytestmark = pytest.mark.usefixtures("tiny_widths")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_widths")]
 
 
 @pytest.fixture(scope="module")

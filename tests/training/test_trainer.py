@@ -20,7 +20,7 @@ from export.training.config import Config
 from export.training.device import warn_of_slow_bf16
 from export.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("tiny_widths")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_widths")]
 
 
 def config(**changes: object) -> Config:
