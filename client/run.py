@@ -220,7 +220,7 @@ class Run:
             layout.grid.count,
             first + self._finished,
             options.priority,
-            in_sequences=self._session.contract.warmup is not None,
+            in_sequences=self._session.contract.is_recurrent,
         )
         log.info("requests are named %s-%s-TILE", trail.run, trail.what.upper())
         self._watcher.started(dst, max(0, (end or expected) - first), self._finished)

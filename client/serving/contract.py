@@ -34,6 +34,11 @@ class Contract:
     """All that the ensemble publishes about itself but its weights, sorted by name."""
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether it takes sequences and keeps a state, and not windows."""
+        return self.warmup is not None
+
+    @property
     def reach(self) -> int:
         """Frames before one that its answer depends on, or is to."""
         return self.window // 2 if self.warmup is None else self.warmup

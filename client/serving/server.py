@@ -100,7 +100,7 @@ class Server:
             self.close()
             raise
         instances = max(1, min(map(instance_count, stages)))
-        if self.contract.warmup is None:
+        if not self.contract.is_recurrent:
             # While one batch runs in every instance the next one gathers behind it: with fewer requests
             # the server's batcher starves, with more they only wait.
             self.in_flight = 2 * max(1, config.max_batch_size) * instances
@@ -228,7 +228,7 @@ class Server:
         lr = self._batch_of_one(lr_window)
         lr_input = InferInput(self.contract.input_name, lr.shape, "UINT8")
         lr_input.set_data_from_numpy(lr)
-        model, is_recurrent = self.contract.model, self.contract.warmup is not None
+        model, is_recurrent = self.contract.model, self.contract.is_recurrent
         result = answer_of(
             lambda: self._client.infer(
                 model,
@@ -244,7 +244,7 @@ class Server:
 
     def _batch_of_one(self, lr_window: Image) -> Image:
         """(T, H, W, 3) in the shape of the ensemble's input: a recurrent one takes a frame, not a window."""
-        return lr_window if self.contract.warmup is not None else lr_window[None]
+        return lr_window if self.contract.is_recurrent else lr_window[None]
 
     def counters(self) -> bytes | None:
         """What the server has counted of the ensemble so far, to the nanosecond; None: it does not tell.
@@ -272,7 +272,7 @@ class Server:
         Raises:
             UpscaleError: Of shared memory, for a model that keeps a state.
         """
-        if self.contract.warmup is not None:
+        if self.contract.is_recurrent:
             if transport not in (AUTO, GRPC):
                 raise UpscaleError(
                     f"expected --transport {AUTO} or {GRPC} for {self.contract.model}, found {transport}: "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from export import spec
@@ -49,6 +49,25 @@ def export_stage(module: nn.Module, stage: spec.ModelSpec, path: Path) -> None:
         torch.zeros(tensor.shape(EXAMPLE_BATCH, EXAMPLE_SIZE), dtype=TORCH_TYPES[tensor.dtype])
         for tensor in stage.inputs
     )
+    write_graph(module, stage, path, example, _dynamic_shapes(stage.inputs))
+
+
+def write_graph(
+    module: nn.Module,
+    stage: spec.ModelSpec,
+    path: Path,
+    example: tuple[Tensor, ...],
+    shapes: tuple[dict[int, Dim], ...],
+) -> None:
+    """Trace a module on an example and write its graph.
+
+    Args:
+        module: What the stage computes.
+        stage: Names of inputs and outputs.
+        path: The file.
+        example: A tensor for each input.
+        shapes: Of each, axis -> what it may be.
+    """
     with warnings.catch_warnings():
         # torch's exporter warns about its own internals (Python's copyreg, renamed dimensions).
         warnings.simplefilter("ignore")
@@ -56,18 +75,18 @@ def export_stage(module: nn.Module, stage: spec.ModelSpec, path: Path) -> None:
             module.eval(),
             example,
             path,
-            input_names=[tensor.name for tensor in stage.inputs],
-            output_names=[tensor.name for tensor in stage.outputs],
+            input_names=[tensor.name for tensor in stage.graph_inputs],
+            output_names=[tensor.name for tensor in stage.graph_outputs],
             opset_version=spec.OPSET,
-            dynamic_shapes=_dynamic_shapes(stage.inputs),
+            dynamic_shapes=shapes,
             external_data=False,
             dynamo=True,
             verbose=False,
         )
-    forget_source(path)
+    _forget_source(path)
 
 
-def forget_source(path: Path) -> None:
+def _forget_source(path: Path) -> None:
     """Drop torch's notes on each node: stack traces with paths of this machine, other in every checkout.
 
     Without them the same weights give the same bytes, which is how later conversions know their parent.

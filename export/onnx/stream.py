@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from export.data.sample import Frames
 from export.model_config import INT8
 from export.network.stream import StreamNetwork
 from export.onnx.cpu import cpu_graph
-from export.onnx.export import EXAMPLE_BATCH, EXAMPLE_SIZE, TORCH_TYPES, export_stage, forget_source
+from export.onnx.export import EXAMPLE_BATCH, EXAMPLE_SIZE, TORCH_TYPES, export_stage, write_graph
 from export.onnx.int8 import CPU_WEIGHT_LEVEL, Feeds, calibrate
 from export.onnx.rounding import rounded_weights, with_weights
 from export.repository import PARENT_KEY, sha256, stage_path
@@ -30,12 +29,8 @@ from export.repository import PARENT_KEY, sha256, stage_path
 log = logging.getLogger(__name__)
 
 EXAMPLE_STATE: spec.Size = (20, 28)  # any but the frame's: the state's sides are its own
-LAYERS = (
-    "stem.",
-    "fuse.",
-    "body.",
-    "head.",
-)  # whose convolutions are quantized: all but the gate and bicubic
+LAYERS = ("stem.", "fuse.", "body.", "head.")
+"""Whose convolutions are quantized: all but the gate's and bicubic's."""
 
 
 def export_stream(network: StreamNetwork, folder: Path) -> dict[str, Path]:
@@ -194,21 +189,7 @@ def _quantized_nodes(graph: onnx.GraphProto) -> Iterator[str]:
 
 def _export(network: StreamNetwork, stage: spec.StreamSpec, path: Path) -> None:
     example, shapes = zip(*(_example(tensor, stage) for tensor in stage.graph_inputs), strict=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in export_stage
-        torch.onnx.export(
-            network.get_submodule(stage.name).eval(),
-            example,
-            path,
-            input_names=[tensor.name for tensor in stage.graph_inputs],
-            output_names=[tensor.name for tensor in stage.graph_outputs],
-            opset_version=spec.OPSET,
-            dynamic_shapes=shapes,
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
-    forget_source(path)
+    write_graph(network.get_submodule(stage.name), stage, path, example, shapes)
 
 
 def _example(tensor: spec.TensorSpec, stage: spec.StreamSpec) -> tuple[Tensor, dict[int, Dim]]:
